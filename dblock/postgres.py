@@ -138,21 +138,28 @@ def release(lock: LockNames, application_name: str) -> str:
 
 
 def undo(lock: LockNames, application_name: str) -> str:
-    """Give back whatever pg_locks shows of this lock and its queue as this session's, and the session its old name.
+    """Give back whatever there is of this lock and its queue, and the session its old name."""
+    return f"""
+        {give_back(lock)};
+        SELECT set_config('application_name', {quote(application_name)}, false)
+    """
+
+
+def give_back(lock: LockNames) -> str:
+    """Give back whatever pg_locks shows of this lock and its queue as this session's.
 
     An error does not mean "not held": where a cancel meets the grant, the statement fails and the lock stays. So
     the server is asked, rather than the client's memory.
     """
     return f"""
-        SELECT CASE WHEN objsubid = 1          THEN pg_advisory_unlock({lock.key})
-                    WHEN mode = 'ShareLock'    THEN pg_advisory_unlock_shared({lock.high}, objid::bigint::int)
-                    ELSE                            pg_advisory_unlock({lock.high}, objid::bigint::int)
+        SELECT CASE WHEN objsubid = 1       THEN pg_advisory_unlock({lock.key})
+                    WHEN mode = 'ShareLock' THEN pg_advisory_unlock_shared({lock.high}, objid::bigint::int)
+                    ELSE                         pg_advisory_unlock({lock.high}, objid::bigint::int)
                END
         FROM pg_locks
         WHERE locktype = 'advisory' AND granted AND pid = pg_backend_pid() AND classid = {lock.classid}
           AND (objsubid = 1 AND objid = {lock.objid} OR objsubid = 2 AND objid < 2147483648)
-          AND database = (SELECT oid FROM pg_database WHERE datname = current_database());
-        SELECT set_config('application_name', {quote(application_name)}, false)
+          AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
     """
 
 

@@ -169,13 +169,14 @@ def _queue(
 
 
 def _join(lock: LockNames, milliseconds: int) -> Steps[Ticket | None]:
-    """Draw a ticket; None where the gate was not free in time."""
+    """Draw a ticket; None where a foreign lock was in its way, whatever part of it was taken given back."""
     try:
         return Ticket(*(yield postgres.join(lock, milliseconds)))
     except DatabaseError as error:
         if error.sqlstate != postgres.LOCK_NOT_AVAILABLE:
             raise
-        return None
+    yield postgres.give_back(lock)
+    return None
 
 
 def _slice(deadline: float | None, slice_seconds: float) -> int | None:

@@ -1,0 +1,463 @@
+/*
+dblock acquire, for PostgreSQL 14 and later
+
+Takes the lock for one step on one target, for this session, and waits for it in the queue that dblock's other doors
+(Python, `dblock run`) use too. What the session runs after it, up to release.sql, runs for one tenant at a time on
+each target. Nothing is created in the database.
+
+Needs       a login, no other rights. A connection to the primary server itself, or through a pooler in session mode.
+            Autocommit: not inside a transaction, nor in one command together with other statements.
+
+Settings    read from the session, and cleared by this script whatever comes of it; empty means absent
+    dblock.target, dblock.step    the names of the lock; required
+    dblock.tenant                 for whom: a label that those who wait, and inspect.sql, show
+    dblock.timeout                seconds to wait, such as 600 or 0.5; 0: do not wait; absent: without limit
+    dblock.database               the database this must be
+    dblock.key                    the key this must be, as `dblock key` or key.sql computes it
+    dblock.shared, dblock.slots, dblock.scope    only off, absent and session are supported so far
+
+psql        psql -v ON_ERROR_STOP=1 \
+                 -c "set dblock.target = 'web-01'" -c "set dblock.step = 'b'" -c "set dblock.timeout = '600'" \
+                 -f acquire.sql -f b.sql -f release.sql
+a driver    on one connection in autocommit, each line a command of its own:
+                SELECT set_config('dblock.target', 'web-01', false), set_config('dblock.step', 'b', false)
+                the text of this file                -- one statement; mind the driver's own command timeout
+                the step's statements
+                the text of release.sql
+
+If it fails it reports one of these, AND ENDS THE SESSION, so that nothing runs without the lock:
+    55P03  not acquired in time; the message says who holds it since when
+    22023  a name or setting is not acceptable
+    0A000  no lock could be trusted here: a transaction, a standby, a read-only session, another database
+    55006  this session holds the lock already
+    40P01  chosen as the victim of a deadlock
+    57014  cancelled
+A client that reconnects by itself (psql at a terminal, some drivers) goes on in a NEW session without the lock: stop at
+the first error (ON_ERROR_STOP). Only a session with advisory locks that dblock's label does not explain is not ended:
+behind a pooler in transaction mode they are another client's.
+
+The lock lasts until release.sql or the end of the session. How it is shown meanwhile, and how to free it: inspect.sql.
+*/
+DO $dblock$
+DECLARE
+    -- The caller's settings, to be given back as the strings they were.
+    old_search_path     pg_catalog.text := pg_catalog.current_setting('search_path');
+    old_idle_timeout    pg_catalog.text := pg_catalog.current_setting('idle_session_timeout');
+    old_read_only       pg_catalog.text := pg_catalog.current_setting('default_transaction_read_only');
+    old_name            pg_catalog.text := pg_catalog.current_setting('application_name');
+
+    -- The wishes.
+    target              pg_catalog.text := COALESCE(pg_catalog.current_setting('dblock.target',   true), '');
+    step                pg_catalog.text := COALESCE(pg_catalog.current_setting('dblock.step',     true), '');
+    tenant              pg_catalog.text := COALESCE(pg_catalog.current_setting('dblock.tenant',   true), '');
+    wished_timeout      pg_catalog.text := COALESCE(pg_catalog.current_setting('dblock.timeout',  true), '');
+    wished_shared       pg_catalog.text := COALESCE(pg_catalog.current_setting('dblock.shared',   true), '');
+    wished_slots        pg_catalog.text := COALESCE(pg_catalog.current_setting('dblock.slots',    true), '');
+    wished_scope        pg_catalog.text := COALESCE(pg_catalog.current_setting('dblock.scope',    true), '');
+    wished_database     pg_catalog.text := COALESCE(pg_catalog.current_setting('dblock.database', true), '');
+    wished_key          pg_catalog.text := COALESCE(pg_catalog.current_setting('dblock.key',      true), '');
+
+    -- The session.
+    read_only           boolean := pg_catalog.current_setting('transaction_read_only');
+    may_commit          boolean;                      -- false: inside a transaction
+    held                pg_catalog.jsonb;             -- dblock.held, see below
+    explained           boolean;                      -- every advisory lock of this session is in dblock.held
+    this_database       pg_catalog.oid;
+
+    -- The lock and its queue. Two-integer locks: (high, 0) is held shared by all who wait, (high, n) is the n-th
+    -- waiter's ticket, (high, -1) the gate under which tickets are numbered.
+    key                 bigint;
+    high                integer;
+    high_unsigned       bigint;                       -- as pg_locks.classid shows it
+    tried               boolean := false;
+    ticket              integer;                      -- NULL: not drawn yet
+    predecessor         integer;                      -- the next ticket below the own; 0: none, this one is the head
+    granted             boolean := false;
+
+    -- Time.
+    slice               integer;                      -- milliseconds, the longest wait in one statement
+    deadline            timestamp with time zone;     -- NULL: without limit
+    timer_due           timestamp with time zone;     -- when statement_timeout cancels this statement; NULL: never
+    report_due          timestamp with time zone := pg_catalog.clock_timestamp();
+
+    -- The label's fields tenant, step, target: in the order in which they give way where it is too long.
+    encoded             pg_catalog.text[];
+    fitted              pg_catalog.text[];
+    shortened           boolean[];
+    longest             integer;
+    waiting_fields      pg_catalog.text;
+    holding_fields      pg_catalog.text;
+
+    failure             pg_catalog.text;
+    failure_code        pg_catalog.text;
+
+    control_character   pg_catalog.text;
+    beyond_ascii        pg_catalog.text;
+    refused_here        pg_catalog.text;
+    refused_nested      pg_catalog.text;
+    obstacle            pg_catalog.text;
+    name                pg_catalog.text;
+    value               pg_catalog.text;
+    time_width          integer;
+BEGIN
+    -- From here on every operator and function is PostgreSQL's own, whatever the caller's schemas hold.
+    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', false);
+
+    FOREACH name IN ARRAY ARRAY['target', 'step', 'tenant', 'timeout', 'shared', 'slots', 'scope', 'database', 'key'] LOOP
+        PERFORM pg_catalog.set_config('dblock.' || name, '', false);
+    END LOOP;
+
+    -- A transaction, also the implicit one of a command with several statements, does not let this block commit. Inside
+    -- an exception block COMMIT always fails: here for that reason, unless in a transaction; in the nested DO always
+    -- for the other one. The texts tell them apart, in any language.
+    BEGIN
+        COMMIT;
+    EXCEPTION WHEN invalid_transaction_termination THEN
+        refused_here := SQLERRM;
+    END;
+    BEGIN
+        EXECUTE 'DO $nested$ BEGIN COMMIT; END $nested$';
+    EXCEPTION WHEN invalid_transaction_termination THEN
+        refused_nested := SQLERRM;
+    END;
+    may_commit := refused_here <> refused_nested;
+
+    -- dblock.held lists the locks that this script took in this session, the last one last: each with its key, its label,
+    -- and the application_name that stood there before. It explains this session's advisory locks where every one of
+    -- them is listed, each entry was made on top of the one before it, and the last one's label is the session's name.
+    -- Behind a pooler in transaction mode the list and the locks belong to the backend, but the name to the client.
+    BEGIN
+        held := COALESCE(NULLIF(pg_catalog.current_setting('dblock.held', true), ''), '[]');
+        IF NOT EXISTS (SELECT FROM pg_catalog.pg_locks AS l
+                       WHERE l.locktype = 'advisory' AND l.pid = pg_catalog.pg_backend_pid()) THEN
+            held := '[]';
+            explained := true;
+        ELSE
+            explained := held #>> '{-1,label}' = old_name
+                AND NOT EXISTS (
+                    SELECT FROM pg_catalog.jsonb_array_elements(held) WITH ORDINALITY AS entry(lock, place)
+                    WHERE place > 1 AND lock ->> 'before' IS DISTINCT FROM held -> (place::integer - 2) ->> 'label')
+                AND NOT EXISTS (
+                    SELECT FROM pg_catalog.pg_locks AS l
+                    WHERE l.locktype = 'advisory' AND l.pid = pg_catalog.pg_backend_pid()
+                      AND NOT (l.objsubid = 1 AND EXISTS (
+                            SELECT FROM pg_catalog.jsonb_array_elements(held) AS entry(lock)
+                            WHERE (lock ->> 'key')::bigint = (l.classid::bigint << 32) | l.objid::bigint)));
+        END IF;
+    EXCEPTION WHEN data_exception THEN
+        explained := false;                           -- somebody else wrote dblock.held
+    END;
+    IF explained IS NOT TRUE THEN
+        explained := false;
+        held := '[]';
+    END IF;
+
+    -- A cancel can hit between two statements of this block, where nothing catches it. Until the lock is held the session
+    -- is therefore kept such that it ends as soon as it is idle, finds no table and writes nothing before it does. Not
+    -- where it holds locks that may be another client's.
+    IF may_commit THEN
+        IF explained THEN
+            PERFORM pg_catalog.set_config('idle_session_timeout', '1ms', false),
+                    pg_catalog.set_config('default_transaction_read_only', 'on', false);
+        END IF;
+        COMMIT;
+    END IF;
+
+    -- Judge ------------------------------------------------------------------------------------------------------------
+
+    BEGIN
+        control_character := '[' || pg_catalog.chr(1) || '-' || pg_catalog.chr(31) || pg_catalog.chr(127) || ']';
+        beyond_ascii      := '[^' || pg_catalog.chr(1) || '-' || pg_catalog.chr(127) || ']';
+
+        failure_code := '22023';
+        FOREACH name IN ARRAY ARRAY['target', 'step'] LOOP
+            value := CASE name WHEN 'target' THEN target ELSE step END;
+            failure := COALESCE(failure, 'dblock.' || name || CASE
+                WHEN value = ''
+                    THEN ' is not set'
+                WHEN value ~ beyond_ascii
+                     AND (pg_catalog.current_setting('server_encoding') <> 'UTF8'
+                          OR pg_catalog.current_setting('client_encoding') <> 'UTF8')
+                    THEN ' is not ASCII, so an encoding on the way could have made another name of it: that needs'
+                         ' server_encoding and client_encoding UTF8, here they are '
+                         || pg_catalog.current_setting('server_encoding') || ' and '
+                         || pg_catalog.current_setting('client_encoding')
+                WHEN pg_catalog.octet_length(value) > 255
+                    THEN ' has ' || pg_catalog.octet_length(value) || ' bytes; at most 255 are allowed'
+                WHEN value ~ control_character
+                    THEN ' holds a control character'
+                WHEN pg_catalog.left(value, 1) = ' ' OR pg_catalog.right(value, 1) = ' '
+                    THEN ' begins or ends with a space'
+                END);
+        END LOOP;
+
+        key := ('x' || pg_catalog.encode(pg_catalog.substr(pg_catalog.sha256(
+                    pg_catalog.convert_to(target, 'UTF8') || pg_catalog.decode('1f', 'hex')
+                    || pg_catalog.convert_to(step, 'UTF8')), 1, 8), 'hex'))::bit(64)::bigint;
+        high := (key >> 32)::integer;
+        high_unsigned := high::bigint & 4294967295;
+
+        failure := COALESCE(failure, CASE
+            WHEN wished_timeout <> '' AND wished_timeout !~ '^[0-9]{1,7}([.][0-9]{1,3})?$'
+                THEN 'dblock.timeout is no number of seconds like 600 or 0.5: ' || pg_catalog.quote_literal(wished_timeout)
+            WHEN wished_timeout <> '' AND wished_timeout::numeric > 2147483
+                THEN 'dblock.timeout is more than 2147483 seconds: ' || wished_timeout
+            WHEN wished_shared NOT IN ('', 'on', 'off')
+                THEN 'dblock.shared is neither on nor off: ' || pg_catalog.quote_literal(wished_shared)
+            WHEN wished_slots <> '' AND wished_slots !~ '^[1-9][0-9]{0,2}$'
+                THEN 'dblock.slots is no number from 1 to 999: ' || pg_catalog.quote_literal(wished_slots)
+            WHEN wished_slots <> '' AND wished_shared = 'on'
+                THEN 'dblock.slots and dblock.shared=on exclude each other'
+            WHEN wished_scope NOT IN ('', 'session', 'transaction')
+                THEN 'dblock.scope is neither session nor transaction: ' || pg_catalog.quote_literal(wished_scope)
+            WHEN wished_key NOT IN ('', key::pg_catalog.text)
+                THEN 'dblock.key is ' || pg_catalog.quote_literal(wished_key) || ', but these names have the key ' || key
+            END);
+
+        IF failure IS NULL THEN
+            failure_code := '0A000';
+            failure := CASE
+                WHEN wished_shared = 'on' OR wished_slots <> '' OR wished_scope = 'transaction'
+                    THEN 'dblock.shared=on, dblock.slots and dblock.scope=transaction are not supported yet'
+                WHEN NOT may_commit
+                    THEN 'inside a transaction (BEGIN, psql -1, several statements in one command) the lock would end'
+                         ' before the work is committed; send acquire.sql, the step and release.sql each as commands of'
+                         ' their own, in autocommit'
+                WHEN pg_catalog.pg_is_in_recovery()
+                    THEN 'this server is a hot standby, whose locks exclude nobody on the primary; connect to the primary'
+                WHEN read_only
+                    THEN 'this session is read-only, as on a server that is no longer the primary; connect to the primary'
+                WHEN wished_database NOT IN ('', pg_catalog.current_database()::pg_catalog.text)
+                    THEN 'connected to database ' || pg_catalog.quote_ident(pg_catalog.current_database())
+                         || ', but dblock.database asks for ' || pg_catalog.quote_ident(wished_database)
+                         || ': callers in two databases do not exclude each other'
+                END;
+        END IF;
+
+        IF failure IS NULL THEN
+            failure_code := '55006';
+            SELECT 'this session (pid ' || l.pid || ') holds this lock already'
+                   || CASE WHEN explained THEN '; a lock is never taken twice'
+                           ELSE ', and not by this script for this client: another client''s, behind a pooler in'
+                                ' transaction mode, or taken by hand' END
+            INTO failure
+            FROM pg_catalog.pg_locks AS l
+            WHERE l.locktype = 'advisory' AND l.objsubid = 1 AND l.pid = pg_catalog.pg_backend_pid()
+              AND (l.classid::bigint << 32) | l.objid::bigint = key
+            LIMIT 1;
+        END IF;
+
+        IF failure IS NULL THEN
+            -- All three fields together have some 40 bytes of the label, so what is far beyond that is not encoded.
+            SELECT pg_catalog.array_agg(
+                       CASE bytes
+                           WHEN ''::pg_catalog.bytea  THEN '-'
+                           WHEN '-'::pg_catalog.bytea THEN '%2D'
+                           ELSE (SELECT pg_catalog.string_agg(
+                                            CASE WHEN byte < 128 AND pg_catalog.chr(byte) ~ '[A-Za-z0-9._-]'
+                                                 THEN pg_catalog.chr(byte)
+                                                 ELSE '%' || pg_catalog.upper(pg_catalog.lpad(pg_catalog.to_hex(byte), 2, '0'))
+                                            END, '' ORDER BY place)
+                                 FROM pg_catalog.generate_series(0, LEAST(pg_catalog.length(bytes), 63) - 1) AS place,
+                                      LATERAL pg_catalog.get_byte(bytes, place) AS byte)
+                       END ORDER BY field)
+            INTO encoded
+            FROM (VALUES (1, pg_catalog.convert_to(tenant, 'UTF8')),
+                         (2, pg_catalog.convert_to(step,   'UTF8')),
+                         (3, pg_catalog.convert_to(target, 'UTF8'))) AS given(field, bytes);
+
+            -- The time takes 10 digits, and a w before them while waiting.
+            FOREACH time_width IN ARRAY ARRAY[10, 11] LOOP
+                fitted := encoded;
+                shortened := ARRAY[false, false, false];
+                WHILE (SELECT pg_catalog.sum(pg_catalog.length(field) + shortened[place]::integer)
+                       FROM pg_catalog.unnest(fitted) WITH ORDINALITY AS f(field, place)) > 63 - 8 - time_width - 3 LOOP
+                    SELECT place INTO longest
+                    FROM pg_catalog.unnest(fitted) WITH ORDINALITY AS f(field, place)
+                    ORDER BY pg_catalog.length(field) DESC, place LIMIT 1;
+                    fitted[longest] := pg_catalog.left(fitted[longest],
+                                                       CASE WHEN fitted[longest] ~ '%..$' THEN -3 ELSE -1 END);
+                    shortened[longest] := true;
+                END LOOP;
+                value := fitted[1] || CASE WHEN shortened[1] THEN '~ ' ELSE ' ' END
+                      || fitted[3] || CASE WHEN shortened[3] THEN '~ ' ELSE ' ' END
+                      || fitted[2] || CASE WHEN shortened[2] THEN '~'  ELSE ''  END;
+                IF time_width = 10 THEN
+                    holding_fields := value;
+                ELSE
+                    waiting_fields := value;
+                END IF;
+            END LOOP;
+
+            this_database := (SELECT d.oid FROM pg_catalog.pg_database AS d
+                              WHERE d.datname = pg_catalog.current_database());
+            slice := LEAST(900, 900 * EXTRACT(epoch FROM pg_catalog.current_setting('deadlock_timeout')::interval));
+            deadline := pg_catalog.clock_timestamp() + (NULLIF(wished_timeout, '') || ' s')::interval;
+            timer_due := pg_catalog.statement_timestamp()
+                         + NULLIF(pg_catalog.current_setting('statement_timeout'), '0')::interval;
+        END IF;
+    EXCEPTION WHEN query_canceled OR OTHERS THEN
+        failure := SQLERRM;
+        failure_code := SQLSTATE;
+    END;
+
+    -- Take, or wait ----------------------------------------------------------------------------------------------------
+
+    WHILE failure IS NULL AND NOT granted LOOP
+        BEGIN
+            -- Who is in the way: for the error at the end of the time, and for a notice at once and every 30 seconds.
+            IF tried AND pg_catalog.clock_timestamp() >= LEAST(deadline, CASE WHEN ticket IS NOT NULL THEN report_due END) THEN
+                report_due := pg_catalog.clock_timestamp() + interval '30 s';
+                SELECT CASE
+                           WHEN holder.found IS NULL THEN 'nobody holds it at this moment'
+                           WHEN holder.pid IS NULL   THEN 'held by a prepared transaction'
+                           WHEN said.believed
+                               THEN CASE said.field[2] WHEN '-' THEN 'held by a session'
+                                                       ELSE 'held by tenant ' || said.field[2] END
+                                    || ' (pid ' || holder.pid || COALESCE(', host ' || holder.host, '') || ') since '
+                                    || pg_catalog.to_char(said.since,
+                                           CASE WHEN said.since::date = pg_catalog.clock_timestamp()::date
+                                                THEN 'HH24:MI:SS' ELSE 'YYYY-MM-DD HH24:MI:SS' END)
+                           ELSE 'held by a session (pid ' || holder.pid
+                                || COALESCE(', application ' || NULLIF(holder.name, ''), '')
+                                || COALESCE(', host ' || holder.host, '') || ')'
+                       END || CASE WHEN queue.ahead > 0 THEN '; ' || queue.ahead || ' ahead' ELSE '' END
+                INTO obstacle
+                FROM (SELECT pg_catalog.count(*) AS ahead
+                      FROM pg_catalog.pg_locks AS l
+                      WHERE l.locktype = 'advisory' AND l.objsubid = 2 AND l.granted AND l.mode = 'ExclusiveLock'
+                        AND l.classid::bigint = high_unsigned AND l.database = this_database
+                        AND l.objid::bigint BETWEEN 1 AND COALESCE(ticket::bigint - 1, 2147483647)) AS queue
+                LEFT JOIN LATERAL (
+                      SELECT true AS found, l.pid, a.application_name AS name,
+                             COALESCE(a.client_hostname, pg_catalog.host(a.client_addr),
+                                      CASE WHEN a.client_port = -1 THEN 'local' END) AS host
+                      FROM pg_catalog.pg_locks AS l
+                      LEFT JOIN pg_catalog.pg_stat_activity AS a ON a.pid = l.pid
+                      WHERE l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted AND l.database = this_database
+                        AND (l.classid::bigint << 32) | l.objid::bigint = key
+                      LIMIT 1) AS holder ON true
+                LEFT JOIN LATERAL (
+                      SELECT field, pg_catalog.to_timestamp(field[1]::float8) AS since,
+                             pg_catalog.starts_with(encoded[3], pg_catalog.rtrim(field[3], '~'))
+                             AND pg_catalog.starts_with(encoded[2], pg_catalog.rtrim(field[4], '~')) AS believed
+                      FROM pg_catalog.regexp_match(
+                          holder.name, '^dblock1 ([0-9]{1,12}) ([^ ]+) ([^ ]+) ([^ ]+)$') AS field) AS said ON true;
+
+                IF pg_catalog.clock_timestamp() >= deadline THEN
+                    failure_code := '55P03';
+                    failure := step || '@' || target || ' not acquired '
+                               || CASE WHEN wished_timeout ~ '[1-9]' THEN 'in ' || wished_timeout || ' s'
+                                       ELSE 'without waiting' END
+                               || ': ' || obstacle;
+                ELSE
+                    RAISE NOTICE 'dblock: waiting for %@%: %', step, target, obstacle;
+                END IF;
+            END IF;
+
+            -- The transaction's locks and its snapshot end with the COMMIT below, the session's locks stay. Waits take the
+            -- transaction's only: where a cancel meets the grant of a session's lock, the error leaves the lock behind.
+            PERFORM pg_catalog.set_config('lock_timeout', GREATEST(1, LEAST(slice, pg_catalog.ceil(
+                        1000 * EXTRACT(epoch FROM deadline - pg_catalog.clock_timestamp()))))::integer || 'ms', true);
+            IF failure IS NOT NULL THEN
+                NULL;
+            ELSIF NOT tried THEN
+                -- At once only where nobody waits: everybody who does holds (high, 0) shared.
+                tried := true;
+                IF pg_catalog.pg_try_advisory_xact_lock(high, 0) THEN
+                    granted := pg_catalog.pg_try_advisory_lock(key);
+                END IF;
+            ELSIF ticket IS NOT NULL AND predecessor = 0 THEN
+                PERFORM pg_catalog.pg_advisory_xact_lock(key);
+                granted := pg_catalog.pg_try_advisory_lock(key);
+            ELSE
+                IF ticket IS NULL THEN
+                    PERFORM pg_catalog.set_config('application_name', 'dblock1 w' || pg_catalog.floor(EXTRACT(
+                                epoch FROM pg_catalog.clock_timestamp())) || ' ' || waiting_fields, false);
+                    PERFORM pg_catalog.pg_advisory_xact_lock(high, -1);
+                ELSE
+                    PERFORM pg_catalog.pg_advisory_xact_lock_shared(high, predecessor);
+                END IF;
+                SELECT COALESCE(pg_catalog.max(l.objid::bigint), 0) INTO predecessor
+                FROM pg_catalog.pg_locks AS l
+                WHERE l.locktype = 'advisory' AND l.objsubid = 2 AND l.granted AND l.mode = 'ExclusiveLock'
+                  AND l.classid::bigint = high_unsigned AND l.database = this_database
+                  AND l.objid::bigint BETWEEN 1 AND COALESCE(ticket::bigint - 1, 2147483646);
+                IF ticket IS NULL THEN
+                    PERFORM pg_catalog.pg_advisory_lock(high, predecessor + 1);
+                    PERFORM pg_catalog.pg_advisory_lock_shared(high, 0);
+                    ticket := predecessor + 1;
+                END IF;
+            END IF;
+        EXCEPTION
+            WHEN lock_not_available THEN
+                NULL;                                 -- the slice is over
+            WHEN query_canceled THEN
+                IF timer_due <= pg_catalog.clock_timestamp() THEN
+                    timer_due := NULL;                -- statement_timeout, which comes once; a wait has its own limit
+                ELSE
+                    failure := 'waiting for ' || step || '@' || target || ' was cancelled';
+                    failure_code := SQLSTATE;
+                END IF;
+            WHEN OTHERS THEN
+                failure := SQLERRM;
+                failure_code := SQLSTATE;
+        END;
+
+        COMMIT;
+
+        -- Out of the queue, or not yet in it with ticket and flag: give back what there is of both.
+        IF granted OR failure IS NOT NULL OR ticket IS NULL THEN
+            PERFORM CASE l.mode WHEN 'ShareLock' THEN pg_catalog.pg_advisory_unlock_shared(high, l.objid::bigint::integer)
+                                ELSE pg_catalog.pg_advisory_unlock(high, l.objid::bigint::integer) END
+            FROM pg_catalog.pg_locks AS l
+            WHERE l.locktype = 'advisory' AND l.objsubid = 2 AND l.pid = pg_catalog.pg_backend_pid()
+              AND l.classid::bigint = high_unsigned AND l.objid::bigint < 2147483648;
+        END IF;
+    END LOOP;
+
+    -- Leave ------------------------------------------------------------------------------------------------------------
+
+    IF failure IS NULL THEN
+        value := pg_catalog.set_config('application_name', 'dblock1 ' || pg_catalog.floor(EXTRACT(
+                     epoch FROM pg_catalog.clock_timestamp())) || ' ' || holding_fields, false);
+        held := held || pg_catalog.jsonb_build_object('key', key::pg_catalog.text, 'label', value, 'before', old_name);
+        PERFORM pg_catalog.set_config('dblock.held', held::pg_catalog.text, false),
+                pg_catalog.set_config('dblock.slot', '', false),
+                pg_catalog.set_config('idle_session_timeout', old_idle_timeout, false),
+                pg_catalog.set_config('default_transaction_read_only', old_read_only, false),
+                pg_catalog.set_config('search_path', old_search_path, false);
+        RETURN;
+    END IF;
+
+    IF granted THEN
+        PERFORM pg_catalog.pg_advisory_unlock(key);
+    END IF;
+    IF NOT explained THEN
+        PERFORM pg_catalog.set_config('application_name', old_name, false),
+                pg_catalog.set_config('search_path', old_search_path, false);
+        IF may_commit THEN
+            COMMIT;
+        END IF;
+        RAISE EXCEPTION USING
+            MESSAGE = 'dblock: ' || failure,
+            ERRCODE = failure_code,
+            HINT = 'The lock is not held. The session is not ended, since it has advisory locks that may be another'
+                   ' client''s: run nothing that needs the lock.';
+    END IF;
+
+    -- A role that is merely set may not end the session of the one who logged in.
+    BEGIN
+        EXECUTE 'RESET SESSION AUTHORIZATION';
+        PERFORM pg_catalog.set_config('role', 'none', false);
+    EXCEPTION WHEN OTHERS THEN
+        NULL;
+    END;
+    RAISE EXCEPTION USING
+        MESSAGE = 'dblock: ' || failure,
+        ERRCODE = failure_code,
+        -- Last, because the session ends with it.
+        HINT = CASE WHEN pg_catalog.pg_terminate_backend(pg_catalog.pg_backend_pid())
+                    THEN 'The lock is not held. The session is ended, so that nothing runs without it.' END;
+END
+$dblock$;
