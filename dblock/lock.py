@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import threading
@@ -208,6 +207,8 @@ class Lock:
         Raises:
             TypeError: the function is a generator or a coroutine function, whose body runs after the call.
         """
+        import inspect  # slow to import, and needed here only
+
         if (
             inspect.iscoroutinefunction(function)
             or inspect.isgeneratorfunction(function)
