@@ -1,0 +1,210 @@
+"""The doors to the lock, each as a real process that says "held", holds until its input ends, then says how it went.
+
+Four of them: Python, the command line, and the raw scripts through psql and through a driver that knows no backslash
+commands. One interface, so that the same table and the same races drive all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+SQL = Path(__file__).parent.parent / "sql" / "postgres"
+TIMEOUT_SECONDS = 60
+
+# The contract's table of outcomes: what each door says. Held and given back is "done".
+OUTCOMES = {
+    "timeout": ("LockTimeout", 75, "55P03"),
+    "bad name or setting": ("ValueError", 64, "22023"),
+    "unsafe": ("UnsafeConnection", 77, "0A000"),
+    "already held": ("AlreadyHeld", 77, "55006"),
+    "cancelled": ("DatabaseError", 69, "57014"),
+    "terminated": ("DatabaseError", 69, "57P01"),
+    "unreachable": ("DatabaseError", 69, None),
+    "lost": ("LockLost", 76, None),
+    "not held": ("LockNotHeld", None, "55000"),
+}
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a caller asks for, as text, since that is how it reaches the command line and the scripts."""
+
+    target: str = "web-01"
+    step: str = "b"
+    tenant: str | None = None
+    timeout: str | None = None
+    database: str | None = None
+    more: Mapping[str, str] = field(default_factory=dict)  # further settings, which only the scripts know
+
+    def settings(self) -> dict[str, str]:
+        named = {"target": self.target, "step": self.step, "tenant": self.tenant, "timeout": self.timeout,
+                 "database": self.database}  # fmt: skip
+        return {name: value for name, value in named.items() if value is not None} | dict(self.more)
+
+
+class Attempt:
+    """One caller in a process of its own."""
+
+    def __init__(self, door: Door, argv: Sequence[str], environment: Mapping[str, str]) -> None:
+        self.door = door
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the attempt
+        self.process = subprocess.Popen(
+            argv,
+            env=os.environ | environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+        )
+
+    def held(self) -> bool:
+        """Wait until the lock is held (True), or the process has ended without it (False)."""
+        assert self.process.stdout is not None
+        return any(line.strip() == b"held" for line in self.process.stdout)
+
+    def finish(self) -> object:
+        """Let the holder release and end. Returns "done", or what the door said: compare it with ``Door.says``."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.stdout.read()
+        code = self.process.wait(TIMEOUT_SECONDS)
+        return "done" if code == 0 else self.door.said(code, self.stderr())
+
+    def stderr(self) -> str:
+        self._stderr.seek(0)
+        return self._stderr.read().decode(errors="replace")
+
+    def kill(self) -> None:
+        """End the process as a crash would."""
+        self.process.kill()
+        self.process.wait(TIMEOUT_SECONDS)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.process.poll() is None:
+            self.kill()
+        for stream in (self.process.stdin, self.process.stdout, self._stderr):
+            if stream is not None:
+                stream.close()
+
+
+@dataclass(frozen=True)
+class Door:
+    """A way of taking the lock: how to begin an attempt, and how to read what became of it."""
+
+    name: str
+    argv: Callable[[str, Wish], list[str]]
+    said: Callable[[int, str], object]
+    column: int  # of OUTCOMES
+
+    def attempt(self, url: str, wish: Wish, **environment: str) -> Attempt:
+        return Attempt(self, self.argv(url, wish), {"DBLOCK_TEST_URL": url, "DBLOCK_URL": url, **environment})
+
+    def says(self, outcome: str) -> object:
+        """What the contract lets this door say."""
+        return "done" if outcome == "done" else OUTCOMES[outcome][self.column]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+# --- Python -----------------------------------------------------------------------------------------------------------
+
+_PYTHON = """
+import os, sys, dblock
+target, step, tenant, timeout, database = (value[1:] or None if value[:1] == "=" else "" for value in sys.argv[1:])
+try:
+    with dblock.lock(os.environ["DBLOCK_TEST_URL"], target=target or "", step=step or "", tenant=tenant,
+                     timeout=None if timeout is None else float(timeout), database=database):
+        print("held", flush=True)
+        sys.stdin.read()
+except (dblock.Error, ValueError) as error:
+    sys.exit(f"{type(error).__name__}: {error}")
+"""
+
+
+def _python_argv(_url: str, wish: Wish) -> list[str]:
+    values = (wish.target, wish.step, wish.tenant, wish.timeout, wish.database)
+    return [sys.executable, "-c", _PYTHON, *("=" + (value or "") for value in values)]
+
+
+def _exception(_code: int, stderr: str) -> str:
+    return stderr.strip().splitlines()[-1].partition(":")[0]
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def _command_argv(_url: str, wish: Wish) -> list[str]:
+    options = [f"--{name}={value}" for name, value in wish.settings().items()]
+    return [sys.executable, "-m", "dblock", "run", *options, "--", "sh", "-c", "echo held; exec cat >/dev/null"]
+
+
+def _exit_code(code: int, stderr: str) -> int:
+    assert stderr.splitlines()[-1].startswith("dblock: "), stderr
+    return code
+
+
+# --- the scripts ------------------------------------------------------------------------------------------------------
+
+
+def literal(text: str) -> str:
+    return "E'" + text.replace("\\", "\\\\").replace("'", "''") + "'"
+
+
+def set_wishes(wish: Wish) -> str:
+    calls = (f"set_config('dblock.{name}', {literal(value)}, false)" for name, value in wish.settings().items())
+    return "SELECT " + ", ".join(calls)
+
+
+def _psql_argv(url: str, wish: Wish) -> list[str]:
+    return ["psql", "-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-v", "VERBOSITY=verbose", url,
+            "-c", set_wishes(wish), "-f", str(SQL / "acquire.sql"), "-c", "SELECT 'held'",
+            "-f", "-", "-f", str(SQL / "release.sql")]  # fmt: skip
+
+
+_DRIVER = """
+import os, sys, psycopg
+wishes, acquire, release = sys.argv[1], open(sys.argv[2]).read(), open(sys.argv[3]).read()
+with psycopg.connect(os.environ["DBLOCK_TEST_URL"], autocommit=True) as connection:
+    try:
+        for command in (wishes, acquire):
+            connection.execute(command)
+        print("held", flush=True)
+        sys.stdin.read()
+        connection.execute(release)
+    except psycopg.Error as error:
+        sys.exit(f"ERROR:  {error.sqlstate}: {error}")
+"""
+
+
+def _driver_argv(_url: str, wish: Wish) -> list[str]:
+    return [sys.executable, "-c", _DRIVER, set_wishes(wish), str(SQL / "acquire.sql"), str(SQL / "release.sql")]
+
+
+def _sqlstate(_code: int, stderr: str) -> str | None:
+    match = re.search(r"(?:ERROR|FATAL):  ([0-9A-Z]{5}):", stderr)
+    return match[1] if match else None
+
+
+PYTHON = Door("python", _python_argv, _exception, 0)
+COMMAND = Door("command", _command_argv, _exit_code, 1)
+PSQL = Door("psql", _psql_argv, _sqlstate, 2)
+DRIVER = Door("driver", _driver_argv, _sqlstate, 2)
+DOORS = (PYTHON, COMMAND, PSQL, DRIVER)

@@ -1,0 +1,198 @@
+"""One table of cases for all doors: what is asked for, what pg_locks and the label show then, and what comes of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import psycopg
+import pytest
+
+import dblock
+from tests.doors import COMMAND, DOORS, DRIVER, PSQL, PYTHON, Door, Wish
+from tests.support import wait_until
+
+SCRIPTS = (PSQL, DRIVER)
+
+
+class Row(NamedTuple):
+    """An advisory lock as another session sees it."""
+
+    space: str  # "key": the lock itself; "queue": a number of the two-integer form
+    number: int
+    mode: str
+    granted: bool
+    label: str  # with T for its time
+
+
+def held(label: str) -> Row:
+    return Row("key", 0, "ExclusiveLock", True, label)
+
+
+def waiting(label: str) -> list[Row]:
+    return [
+        Row("key", 0, "ExclusiveLock", False, label),
+        Row("queue", 0, "ShareLock", True, label),
+        Row("queue", 1, "ExclusiveLock", True, label),
+    ]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is asked for, with which outcome, and what the label is while the lock is held."""
+
+    name: str
+    wish: Wish
+    outcome: str = "done"
+    fields: str = ""
+    options: str = ""  # settings of the session, as libpq's PGOPTIONS
+    doors: tuple[Door, ...] = DOORS  # those that have such a setting, and a way to carry the value
+
+    def __str__(self) -> str:
+        return self.name
+
+
+LONG = "n" * 40
+CASES = [
+    Case("plain", Wish(), fields="- web-01 b"),
+    Case("tenant", Wish(tenant="T1"), fields="T1 web-01 b"),
+    Case("the longest wait", Wish(timeout="2147483"), fields="- web-01 b"),
+    Case("free, so nobody waits", Wish(timeout="0"), fields="- web-01 b"),
+    Case("fractions of a second", Wish(timeout="0.001"), fields="- web-01 b"),
+    Case("the agreed database", Wish(database="postgres"), fields="- web-01 b"),
+    Case("empty texts are absent", Wish(more={"tenant": "", "shared": "", "slots": "", "scope": "", "key": ""}),
+         fields="- web-01 b", doors=SCRIPTS),
+    Case("shape in full", Wish(more={"shared": "off", "scope": "session"}), fields="- web-01 b", doors=SCRIPTS),
+    Case("the expected key", Wish(more={"key": str(dblock.key("web-01", "b").value)}), fields="- web-01 b",
+         doors=SCRIPTS),
+    Case("quotes and dollars", Wish(target="O'Brien \"x\"", step="$(rm) `ls` $$", tenant="a\\'b"),
+         fields="a%5C%27b O%27Brien%20%22x~ %24%28rm%29%20~"),
+    Case("beyond ASCII", Wish(target="wéb", step="Schritt ß", tenant="Ωmega"),
+         fields="%CE%A9mega w%C3%A9b Schritt%20%C3%9F"),
+    Case("white space inside and other than U+0020 at the edges", Wish(target="\u00a0a b\u2028", step="\u0085"),
+         fields="- %C2%A0a%20b%E2%80%A8 %C2%85"),
+    Case("a tenant called -", Wish(tenant="-"), fields="%2D web-01 b"),
+    Case("the longest gives way, the tenant first", Wish(target=LONG, step=LONG, tenant=LONG),
+         fields=f"{'n' * 13}~ {'n' * 13}~ {'n' * 13}~"),
+    Case("control characters in the tenant", Wish(tenant="a\nb\x1b[31m"), fields="a%0Ab%1B%5B31m web-01 b"),
+    Case("255 bytes", Wish(target="é" * 127 + "x"), fields=f"- {'%C3%A9' * 6}%C3~ b"),
+    # What is refused never shows a lock.
+    Case("256 bytes", Wish(target="é" * 128), "bad name or setting"),
+    Case("no target", Wish(target=""), "bad name or setting"),
+    Case("no step", Wish(step=""), "bad name or setting"),
+    Case("space at the edge", Wish(target=" web-01"), "bad name or setting"),
+    Case("space at the other edge", Wish(step="b "), "bad name or setting"),
+    Case("control character", Wish(step="b\x1f"), "bad name or setting"),
+    Case("delete", Wish(step="b\x7fc"), "bad name or setting"),
+    Case("negative timeout", Wish(timeout="-1"), "bad name or setting"),
+    Case("too long a timeout", Wish(timeout="2147484"), "bad name or setting"),
+    Case("a timeout with a unit", Wish(timeout="5x"), "bad name or setting", doors=(COMMAND, *SCRIPTS)),
+    Case("a timeout with an exponent", Wish(timeout="1e3"), "bad name or setting", doors=(COMMAND, *SCRIPTS)),
+    Case("not a number", Wish(timeout="nan"), "bad name or setting"),
+    Case("a timeout with a line feed", Wish(timeout="5\n"), "bad name or setting", doors=(COMMAND, *SCRIPTS)),
+    Case("four decimals", Wish(timeout="0.0001"), "bad name or setting", doors=SCRIPTS),
+    Case("another database", Wish(database="elsewhere"), "unsafe"),
+    Case("read-only", Wish(), "unsafe", options="-c default_transaction_read_only=on"),
+    Case("another key", Wish(more={"key": "42"}), "bad name or setting", doors=SCRIPTS),
+    Case("shared, neither on nor off", Wish(more={"shared": "ON"}), "bad name or setting", doors=SCRIPTS),
+    Case("slots, not a number", Wish(more={"slots": "0"}), "bad name or setting", doors=SCRIPTS),
+    Case("slots beside shared", Wish(more={"slots": "2", "shared": "on"}), "bad name or setting", doors=SCRIPTS),
+    Case("scope, neither", Wish(more={"scope": "statement"}), "bad name or setting", doors=SCRIPTS),
+    Case("shared, not yet", Wish(more={"shared": "on"}), "unsafe", doors=SCRIPTS),
+    Case("slots, not yet", Wish(more={"slots": "2"}), "unsafe", doors=SCRIPTS),
+    Case("transaction, not yet", Wish(more={"scope": "transaction"}), "unsafe", doors=SCRIPTS),
+    # Settings of the session that must neither break a lock nor matter.
+    Case("tight settings", Wish(), fields="- web-01 b",
+         options="-c lock_timeout=1 -c idle_session_timeout=0 -c statement_timeout=400"),
+    Case("serializable", Wish(), fields="- web-01 b", options="-c default_transaction_isolation=serializable"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def observer(url: str) -> Iterator[psycopg.Connection[Any]]:
+    with psycopg.connect(url, autocommit=True) as connection:
+        yield connection
+
+
+def rows(observer: psycopg.Connection[Any], wish: Wish) -> list[Row]:
+    key = dblock.key(wish.target, wish.step)
+    found = observer.execute(
+        """
+        SELECT CASE objsubid WHEN 1 THEN 'key' ELSE 'queue' END, CASE objsubid WHEN 1 THEN 0 ELSE objid::bigint END,
+               mode, granted, application_name
+        FROM pg_locks LEFT JOIN pg_stat_activity USING (pid)
+        WHERE locktype = 'advisory' AND classid = %s AND (objsubid = 2 OR objid = %s)
+        ORDER BY 1, 2, granted DESC
+        """,
+        (key.postgres.classid, key.postgres.objid),
+    )
+    return [Row(*row[:4], re.sub(r"^(dblock1 w?)\d{10} ", r"\1T ", row[4])) for row in found]
+
+
+def any_row(observer: psycopg.Connection[Any]) -> list[Any]:
+    return observer.execute("SELECT * FROM pg_locks WHERE locktype = 'advisory'").fetchall()
+
+
+@pytest.mark.parametrize(("case", "door"), [(case, door) for case in CASES for door in case.doors], ids=str)
+def test_table(url: str, observer: psycopg.Connection[Any], case: Case, door: Door) -> None:
+    assert any_row(observer) == []
+    with door.attempt(url, case.wish, PGOPTIONS=case.options) as attempt:
+        if case.outcome == "done":
+            assert attempt.held(), attempt.stderr()
+            assert rows(observer, case.wish) == [held(f"dblock1 T {case.fields}")]
+        else:
+            assert not attempt.held()
+        assert attempt.finish() == door.says(case.outcome), attempt.stderr()
+    wait_until(lambda: any_row(observer) == [], "the locks to be gone")
+
+
+@pytest.mark.parametrize("door", DOORS, ids=str)
+@pytest.mark.parametrize(("timeout", "ending"), [
+    ("0", "timeout"), ("0.4", "timeout"), ("30", "done"), (None, "done"), (None, "cancelled"), (None, "terminated"),
+])  # fmt: skip
+def test_busy(url: str, observer: psycopg.Connection[Any], door: Door, timeout: str | None, ending: str) -> None:
+    wish = Wish(tenant="T2", timeout=timeout)
+    holder = dblock.lock(url, target=wish.target, step=wish.step, tenant="T1")
+    holder.acquire()
+    holding = [held("dblock1 T T1 web-01 b")]
+    assert rows(observer, wish) == holding
+    # Another door's waiter in the same state: statement_timeout and lock_timeout must not break a wait.
+    with door.attempt(url, wish, PGOPTIONS="-c statement_timeout=300 -c lock_timeout=100") as attempt:
+        if timeout != "0":
+            wait_until(
+                lambda: rows(observer, wish) == [*holding, *waiting("dblock1 wT T2 web-01 b")], "the waiter's locks"
+            )
+        if ending in ("cancelled", "terminated"):
+            function = {"cancelled": "pg_cancel_backend", "terminated": "pg_terminate_backend"}[ending]
+            # A cancel that arrives between two statements of a waiter cancels nothing, so it is said until it is heard.
+            wait_until(
+                lambda: (
+                    not observer.execute(
+                        f"SELECT {function}(pid) FROM pg_stat_activity WHERE application_name LIKE 'dblock1 w%'"
+                    ).fetchall()
+                ),
+                "the waiter to be gone",
+            )
+        if ending == "done":
+            holder.release()
+            assert attempt.held(), attempt.stderr()
+            assert rows(observer, wish) == [held("dblock1 T T2 web-01 b")]
+        else:
+            assert not attempt.held()
+            wait_until(lambda: rows(observer, wish) == holding, "the waiter's locks to be gone")
+            holder.release()
+        assert attempt.finish() == door.says(ending), attempt.stderr()
+        if ending == "timeout":
+            waited = "without waiting" if timeout == "0" else "in 0.4 s"
+            assert f"b@web-01 not acquired {waited}: held by tenant T1 (pid " in attempt.stderr()
+    wait_until(lambda: any_row(observer) == [], "the locks to be gone")
+
+
+@pytest.mark.parametrize("door", [PYTHON, COMMAND], ids=str)  # without a connection there is no script
+def test_unreachable(door: Door) -> None:
+    with door.attempt("postgresql://nobody@127.0.0.1:1/nothing", Wish()) as attempt:
+        assert not attempt.held()
+        assert attempt.finish() == door.says("unreachable")
+        assert "cannot connect to the database" in attempt.stderr()
