@@ -6,7 +6,7 @@ The driver is imported only when a connection is opened, so ``import dblock`` co
 from __future__ import annotations
 
 import re
-import select
+import selectors
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -50,7 +50,10 @@ class Session:
         """Tell whether the connection stands, without traffic as long as the server has said nothing unasked."""
         if self._connection.closed:
             return False
-        if select.select([self._connection], [], [], 0)[0]:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._connection, selectors.EVENT_READ)
+            unasked = selector.select(timeout=0)
+        if unasked:
             # Unasked for, the server says that it ends the session; or it is a mere notice. One more message tells.
             try:
                 self._execute("SELECT")

@@ -17,7 +17,7 @@ from urllib.parse import quote, unquote
 POSTGRES_BYTES = 63
 _PREFIX = "dblock1"
 _UNIT = re.compile(r"%[0-9A-F]{2}|.", re.DOTALL)
-_LABEL = re.compile(r"dblock1 (w?)([0-9]{1,12}) (\S+) (\S+) (\S+)")
+_LABEL = re.compile(r"dblock1 (w?)([0-9]{1,11}) (\S+) (\S+) (\S+)")
 _SHORTENED = "~"
 
 

@@ -176,18 +176,17 @@ class Lock:
 
     def __enter__(self) -> Self:
         """Acquire, or raise: the body never runs without the lock."""
+        held_before = self._held
         try:
             busy = self._acquire(self._timeout)
             if busy is None:
                 return self
-        except AlreadyHeld:
-            raise
         except BaseException:
             # A signal's exception can arrive when the lock is held already and its body not yet begun.
-            if self._held is not None:
+            if self._held is not held_before:
                 self.release()
             raise
-        waited = f"in {self._timeout:g} s" if self._timeout else "without waiting"
+        waited = f"in {_seconds(self._timeout)}" if self._timeout else "without waiting"
         raise LockTimeout(f"{self._name} not acquired {waited}: {self._in_the_way(busy.look)}")
 
     def __exit__(
@@ -245,18 +244,21 @@ class Lock:
                 f"{self._name} is already held, or being acquired, by this lock object; make one lock for each caller"
             )
         session: Session | None = None
+        kept = False
         try:
             session = connect(self._db)
             outcome = self._take(session, timeout)
             if isinstance(outcome, protocol.Busy):
-                self._leave(session)
                 return outcome
             _held_locks.add(self)
             self._held = _Held(session, outcome, os.getpid())
-        except BaseException:
-            self._held = None
-            self._leave(session)
-            raise
+            kept = True
+        except DatabaseError as error:
+            raise DatabaseError(f"{self._name} not acquired: {error}", error.sqlstate) from error
+        finally:
+            if not kept:
+                self._held = None
+                self._leave(session)
         return None
 
     def _leave(self, session: Session | None) -> None:
@@ -329,6 +331,10 @@ def check_timeout(timeout: float | None) -> float | None:
     if not 0 <= timeout <= MAX_TIMEOUT_SECONDS:  # also refuses NaN, which compares false
         raise ValueError(f"timeout must be between 0 and {MAX_TIMEOUT_SECONDS} seconds, or None; it is {timeout}")
     return max(float(timeout), 0.001) if timeout else 0.0
+
+
+def _seconds(timeout: float) -> str:
+    return f"{timeout:.3f}".rstrip("0").rstrip(".") + " s"
 
 
 def _clock(epoch: int) -> str:
