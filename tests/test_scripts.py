@@ -150,7 +150,7 @@ def test_psql_does_not_run_the_body(url: str, body: Callable[[], int], stop: boo
 @pytest.mark.usefixtures("busy")
 def test_driver_cannot_run_the_body(connect: Connect, body: Callable[[], int], wrong: str) -> None:
     before, sqlstate = WRONG[wrong]
-    connection = connect()
+    connection = connect(application_name="deploy")
     with pytest.raises(psycopg.Error) as error:
         for text in (*before, ACQUIRE):
             run(connection, text)
@@ -284,12 +284,33 @@ def test_two_locks_in_one_session(connect: Connect, observer: Connection) -> Non
 
 
 def test_failure_with_an_explained_lock_ends_the_session(connect: Connect, observer: Connection) -> None:
-    connection = connect()
+    connection = connect(application_name="deploy")
     acquire(connection, Wish())
     with pytest.raises(psycopg.errors.InvalidParameterValue):
         acquire(connection, Wish(target="web-02", timeout="x"))
     assert ended(connection)
     wait_until(lambda: locks(observer) == [], "the first lock to be gone with its session")
+
+
+def test_failure_without_a_name_keeps_the_lock_that_may_be_anothers(connect: Connect, observer: Connection) -> None:
+    """PgBouncer does not carry an empty name, so this is what a second client without one finds on the backend."""
+    connection = connect()
+    acquire(connection, Wish())
+    with pytest.raises(psycopg.errors.ObjectInUse, match="holds this lock already"):
+        acquire(connection, Wish())
+    assert locks(observer) == [key_row(Wish())]
+    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="may be another client's"):
+        run(connection, RELEASE)
+    assert locks(observer) == [key_row(Wish())]
+
+
+def test_a_label_without_its_lock_betrays_a_pooler(connect: Connect) -> None:
+    connection = connect()
+    acquire(connection, Wish())
+    run(connection, "SELECT pg_advisory_unlock_all()")
+    with pytest.raises(psycopg.errors.FeatureNotSupported, match="a pooler in transaction mode"):
+        acquire(connection, Wish())
+    assert ended(connection)
 
 
 # --- release.sql ------------------------------------------------------------------------------------------------------

@@ -33,8 +33,12 @@ If it fails it reports one of these, AND ENDS THE SESSION, so that nothing runs 
     40P01  chosen as the victim of a deadlock
     57014  cancelled
 A client that reconnects by itself (psql at a terminal, some drivers) goes on in a NEW session without the lock: stop at
-the first error (ON_ERROR_STOP). Only a session with advisory locks that dblock's label does not explain is not ended:
-behind a pooler in transaction mode they are another client's.
+the first error (ON_ERROR_STOP). One kind of session is not ended: it has advisory locks already which its
+application_name does not show to be its own, taken by hand, or by this script while application_name was empty. Behind a
+pooler in transaction mode they could be another client's.
+
+A pooler in transaction or statement mode cannot be recognised from inside. It hands settings and locks of one client to
+another: never run the scripts through one.
 
 The lock lasts until release.sql or the end of the session. How it is shown meanwhile, and how to free it: inspect.sql.
 */
@@ -61,7 +65,8 @@ DECLARE
     read_only           boolean := pg_catalog.current_setting('transaction_read_only');
     may_commit          boolean;                      -- false: inside a transaction
     held                pg_catalog.jsonb;             -- dblock.held, see below
-    explained           boolean;                      -- every advisory lock of this session is in dblock.held
+    believed            boolean;                      -- the list agrees with this session's locks and name
+    explained           boolean;                      -- they are certainly this client's, so that the session may be ended
     this_database       pg_catalog.oid;
 
     -- The lock and its queue. Two-integer locks: (high, 0) is held shared by all who wait, (high, n) is the n-th
@@ -123,17 +128,17 @@ BEGIN
     may_commit := refused_here <> refused_nested;
 
     -- dblock.held lists the locks that this script took in this session, the last one last: each with its key, its label,
-    -- and the application_name that stood there before. It explains this session's advisory locks where every one of
-    -- them is listed, each entry was made on top of the one before it, and the last one's label is the session's name.
-    -- Behind a pooler in transaction mode the list and the locks belong to the backend, but the name to the client.
+    -- and the application_name that stood there before. It is believed where every advisory lock of the session is in
+    -- it, each entry was made on top of the one before it, and the last one's label is the session's name. Behind a pooler
+    -- in transaction mode list and locks belong to the backend, but the name to the client.
     BEGIN
         held := COALESCE(NULLIF(pg_catalog.current_setting('dblock.held', true), ''), '[]');
         IF NOT EXISTS (SELECT FROM pg_catalog.pg_locks AS l
                        WHERE l.locktype = 'advisory' AND l.pid = pg_catalog.pg_backend_pid()) THEN
             held := '[]';
-            explained := true;
+            believed := true;
         ELSE
-            explained := held #>> '{-1,label}' = old_name
+            believed := held #>> '{-1,label}' = old_name
                 AND NOT EXISTS (
                     SELECT FROM pg_catalog.jsonb_array_elements(held) WITH ORDINALITY AS entry(lock, place)
                     WHERE place > 1 AND lock ->> 'before' IS DISTINCT FROM held -> (place::integer - 2) ->> 'label')
@@ -145,12 +150,15 @@ BEGIN
                             WHERE (lock ->> 'key')::bigint = (l.classid::bigint << 32) | l.objid::bigint)));
         END IF;
     EXCEPTION WHEN data_exception THEN
-        explained := false;                           -- somebody else wrote dblock.held
+        believed := false;                            -- somebody else wrote dblock.held
     END;
-    IF explained IS NOT TRUE THEN
-        explained := false;
+    IF believed IS NOT TRUE THEN
+        believed := false;
         held := '[]';
     END IF;
+    -- PgBouncer does not carry an empty name: clients without one find the last client's name on the backend. ('dblock' is
+    -- the name that a failure below gives to such a client.)
+    explained := believed AND COALESCE(held #>> '{0,before}', 'none held') NOT IN ('', 'dblock');
 
     -- A cancel can hit between two statements of this block, where nothing catches it. Until the lock is held the session
     -- is therefore kept such that it ends as soon as it is idle, finds no table and writes nothing before it does. Not
@@ -223,6 +231,10 @@ BEGIN
                     THEN 'inside a transaction (BEGIN, psql -1, several statements in one command) the lock would end'
                          ' before the work is committed; send acquire.sql, the step and release.sql each as commands of'
                          ' their own, in autocommit'
+                WHEN old_name ~ '^dblock1 ' AND held = '[]'
+                    THEN 'application_name is the label of a lock which this session does not hold: a pooler in transaction'
+                         ' mode gives one client''s locks to another; connect directly. If the lock was given back by'
+                         ' hand, set another application_name'
                 WHEN pg_catalog.pg_is_in_recovery()
                     THEN 'this server is a hot standby, whose locks exclude nobody on the primary; connect to the primary'
                 WHEN read_only
@@ -237,7 +249,7 @@ BEGIN
         IF failure IS NULL THEN
             failure_code := '55006';
             SELECT 'this session (pid ' || l.pid || ') holds this lock already'
-                   || CASE WHEN explained THEN '; a lock is never taken twice'
+                   || CASE WHEN believed THEN '; a lock is never taken twice'
                            ELSE ', and not by this script for this client: another client''s, behind a pooler in'
                                 ' transaction mode, or taken by hand' END
             INTO failure
@@ -434,7 +446,8 @@ BEGIN
         PERFORM pg_catalog.pg_advisory_unlock(key);
     END IF;
     IF NOT explained THEN
-        PERFORM pg_catalog.set_config('application_name', old_name, false),
+        -- Under a label that may be another client's, release.sql would give back that one's lock.
+        PERFORM pg_catalog.set_config('application_name', CASE WHEN believed THEN 'dblock' ELSE old_name END, false),
                 pg_catalog.set_config('search_path', old_search_path, false);
         IF may_commit THEN
             COMMIT;
