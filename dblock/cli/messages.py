@@ -1,0 +1,27 @@
+"""What dblock tells the operator: lines on stderr that begin with ``dblock: ``. stdout is for results only."""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import suppress
+
+from dblock.label import printable
+
+STDERR = 2
+
+
+def say(message: str) -> None:
+    """Write one line to stderr, whatever the message holds."""
+    line = f"dblock: {printable(' '.join(message.split()))}\n"
+    # Past Python's buffer, in one write: lines of several processes do not mix, and where nobody reads stderr any
+    # more nothing is left over that would change the exit code.
+    with suppress(OSError):
+        os.write(STDERR, line.encode(errors="backslashreplace"))
+
+
+class LogHandler(logging.Handler):
+    """Shows the log of the library, which tells who is in the way while waiting."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())

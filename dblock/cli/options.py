@@ -1,0 +1,123 @@
+"""Options that several subcommands share, and where their values come from: the command line or the environment.
+
+An empty variable counts as absent, since deployment tools leave them empty; an option that is given but empty is a
+mistake, most often a variable that was not set in the shell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+
+from dblock.lock import check_timeout
+
+_SECRETS = ("password", "sslpassword", "oauth_client_secret", "scram_client_key", "scram_server_key")
+_DURATION = re.compile(r"(?P<number>[0-9]{1,7}(?:\.[0-9]{1,3})?)(?P<unit>[smh]?)|(?P<milliseconds>[0-9]{1,10})ms")
+_UNIT_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
+
+
+class UsageError(ValueError):
+    """The command line, or the environment in its place, cannot be understood. Exit code 64."""
+
+
+def add_connection(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which database, for `url`."""
+    parser.add_argument(
+        "--url",
+        help="the database as a PostgreSQL URL or conninfo string, without a password (default: DBLOCK_URL, which may "
+        "hold one)",
+    )
+    parser.add_argument("--database", metavar="NAME", help="the database it must be; any other is refused")
+    parser.add_argument(
+        "--allow-session-pooler",
+        action="store_true",
+        help="the connection pooler in between is in session mode for this database: your word, as it cannot be seen",
+    )
+
+
+def add_names(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name a lock, for `value`."""
+    parser.add_argument("--target", metavar="T", help="where the step runs (default: DBLOCK_TARGET)")
+    parser.add_argument("--step", metavar="S", help="what runs only once at a time there (default: DBLOCK_STEP)")
+
+
+def value(args: argparse.Namespace, name: str) -> str | None:
+    """Return an option's value, or that of its variable ``DBLOCK_NAME``, or None where neither is given.
+
+    Raises:
+        UsageError: the option is given, but empty.
+    """
+    given: str | None = getattr(args, name)
+    if given == "":
+        raise UsageError(f"--{name} is empty")
+    return given or os.environ.get(f"DBLOCK_{name.upper()}") or None
+
+
+def required(args: argparse.Namespace, name: str) -> str:
+    """Return a value as `value` does.
+
+    Raises:
+        UsageError: it is neither given as an option nor in the environment.
+    """
+    found = value(args, name)
+    if found is None:
+        raise UsageError(f"--{name} is missing: give it, or set DBLOCK_{name.upper()}")
+    return found
+
+
+def url(args: argparse.Namespace) -> str:
+    """Return the database's URL or conninfo string, from --url or DBLOCK_URL.
+
+    Raises:
+        UsageError: there is none, or --url holds a password. The message does not show it.
+    """
+    found = value(args, "url")
+    if found is None:
+        raise UsageError("no database: give --url, or set DBLOCK_URL where it holds a password")
+    if args.url is not None:
+        _refuse_secrets(found)
+    return found
+
+
+def duration(text: str | None) -> float | None:
+    """Read a duration: ``600``, ``600s``, ``1.5s``, ``10m``, ``1h``, ``250ms`` or ``0``.
+
+    Returns:
+        Seconds, within the limits of a lock's timeout; None for None.
+
+    Raises:
+        UsageError: it is none.
+        ValueError: it is above the limit.
+    """
+    if text is None:
+        return None
+    match = _DURATION.fullmatch(text)
+    if match is None:
+        raise UsageError(f"{text!r} is no duration: write 600, 600s, 1.5s, 10m, 1h, 250ms, or 0 for not waiting")
+    if match["milliseconds"]:
+        return check_timeout(int(match["milliseconds"]) / 1000)
+    return check_timeout(float(match["number"]) * _UNIT_SECONDS[match["unit"]])
+
+
+def _refuse_secrets(conninfo: str) -> None:
+    try:
+        from psycopg import ProgrammingError
+        from psycopg.conninfo import conninfo_to_dict
+    except ImportError:
+        return  # nothing can be connected to either, and that error names the remedy
+
+    try:
+        # libpq itself reads it: no other reader knows all the places where it takes a password from.
+        settings = conninfo_to_dict(re.sub(r"^[A-Za-z+]*://", "postgresql://", conninfo))
+    except (ProgrammingError, UnicodeError):
+        raise UsageError(
+            "--url cannot be read as a PostgreSQL URL or conninfo string (it is not shown, as it may hold a password)"
+        ) from None
+    secrets = [name for name in _SECRETS if settings.get(name)]
+    if secrets:
+        raise UsageError(
+            f"--url holds a {secrets[0]}, which everybody on this machine can read in the list of processes: change "
+            f"it, and put the URL into DBLOCK_URL, or the password into a password file (passfile=, ~/.pgpass) or a "
+            f"service file (service=)"
+        )
