@@ -1,0 +1,63 @@
+# Two commands on a machine that has Python 3.10 or newer, make and git:
+#
+#     make demo       six tenants on two targets, on a throw-away PostgreSQL; the picture lands in .demo/
+#     make test       linting, typing and the tests, on a throw-away PostgreSQL
+#
+# Everything they need goes into .venv. PYTHON=… chooses the interpreter, PYTEST_ARGS=… is handed to pytest.
+
+PYTHON ?=
+PYTEST_ARGS ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+PIP_INSTALL = .venv/bin/python -m pip install --quiet
+
+.PHONY: help demo test picture clean
+
+help:
+	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
+
+demo: .venv/with-demo
+	@mkdir -p .demo
+	@.venv/bin/dblock demo --svg .demo/demo.svg
+
+test: .venv/with-everything
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+	.venv/bin/pytest $(PYTEST_ARGS)
+
+# The picture in the README.
+picture: .venv/with-demo
+	.venv/bin/dblock demo --targets 1 --svg docs/demo.svg
+
+clean:
+	rm -rf .venv .demo .mypy_cache .pytest_cache .ruff_cache build dist
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# Installed in place: what is edited is what runs. The stamps let a second run begin at once.
+.venv/with-demo: pyproject.toml | .venv/made
+	@echo "installing dblock and what the demo needs into .venv"
+	@$(PIP_INSTALL) --editable '.[demo]'
+	@touch $@
+
+.venv/with-everything: pyproject.toml | .venv/made
+	@echo "installing dblock, all its extras and the developers' tools into .venv"
+	@$(PIP_INSTALL) --editable '.[all]' --group dev
+	@touch $@ .venv/with-demo
+
+# The first interpreter that is new enough counts, since python3 is an old one on some machines. Dependency groups need
+# a newer pip than most interpreters bring along.
+.venv/made:
+	@for python in $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11 python3.10); do \
+	    if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then \
+	        if ! "$$python" -c 'import ensurepip, venv' 2>/dev/null; then \
+	            echo "$$python cannot make a virtual environment: install its venv module (Debian: apt install python3-venv)" >&2; \
+	            exit 1; \
+	        fi; \
+	        echo "making .venv with $$("$$python" --version)"; \
+	        "$$python" -m venv .venv && $(PIP_INSTALL) --upgrade 'pip>=25.1' && touch $@; \
+	        exit; \
+	    fi; \
+	done; \
+	echo "no Python 3.10 or newer found: install one, or name it: make PYTHON=/path/to/python3 …" >&2; \
+	exit 1
