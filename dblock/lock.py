@@ -174,6 +174,17 @@ class Lock:
         if not unlocked:
             raise LockLost(f"{self._name} was lost while it was held: the server says that this session has it no more")
 
+    def fileno(self) -> int:
+        """The descriptor of the held lock's socket: the server gives the lock back when its last copy is closed.
+
+        Raises:
+            LockNotHeld: the lock is not held by this object.
+        """
+        held = self._held
+        if held is None:
+            raise LockNotHeld(f"{self._name} is not held by this lock object")
+        return held.session.fileno()
+
     def __enter__(self) -> Self:
         """Acquire, or raise: the body never runs without the lock."""
         held_before = self._held

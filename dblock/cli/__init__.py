@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -53,9 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # from trying once more to write what is left.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         say("interrupted")
-        return 130
+        return 128 + getattr(interrupt, "number", signal.SIGINT)
     return code
 
 

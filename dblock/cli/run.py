@@ -1,0 +1,159 @@
+"""``dblock run``: holds the lock while a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+from typing import Any
+
+import dblock
+from dblock.cli import options
+from dblock.cli.messages import LogHandler, say
+
+_DESCRIPTION = """\
+Hold the lock for one step on one target while a command runs, and exit with the command's exit code.
+
+The command runs without a shell, in a process group of its own. Signals (INT, TERM, HUP, QUIT, USR1, USR2) reach all
+of the group; while the lock is waited for they end the wait. Should dblock run itself be killed, the whole group is
+killed before the lock is free. Processes that leave the group (setsid, daemons) are not, and those that the command
+leaves behind when it ends go on without the lock.
+
+The command finds DBLOCK_HELD=1, DBLOCK_KEY, DBLOCK_TARGET, DBLOCK_STEP and DBLOCK_TENANT (empty where none is given)
+in its environment, and does not find DBLOCK_URL.
+"""
+
+_EXIT_CODES = """\
+exit codes (each but the command's own comes with a line on stderr that begins with "dblock: "):
+  the command's own   it ran, under the lock
+  128+n               it was ended by signal n, or signal n ended the wait for the lock and it did not run
+  64   wrong usage, or a name that cannot be one
+  69   the database cannot be reached, or refused
+  70   an error in dblock
+  75   not acquired in time, or a deadlock's victim (see --conflict-exit-code)
+  76   the lock was lost while the command ran
+  77   no lock could be trusted on this connection
+  126  the command cannot be executed
+  127  the command was not found
+"""
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser(
+        "run",
+        help="hold the lock while a command runs",
+        usage="%(prog)s --target T --step S [--tenant X] [--timeout 10m] [OPTION …] -- COMMAND [ARGUMENT …]",
+        description=_DESCRIPTION,
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    options.add_names(parser)
+    parser.add_argument("--tenant", metavar="X", help="for whom; a label, shown to those who wait (DBLOCK_TENANT)")
+    parser.add_argument(
+        "--timeout",
+        metavar="DURATION",
+        help="how long to wait for the lock: 600, 10m, 1.5s, 250ms; 0 does not wait (default: DBLOCK_TIMEOUT, or else "
+        "without limit)",
+    )
+    options.add_connection(parser)
+    parser.add_argument(
+        "--pass-url", action="store_true", help="let the command have the URL, in the variable DBLOCK_URL"
+    )
+    parser.add_argument(
+        "--conflict-exit-code",
+        metavar="N",
+        type=_exit_code,
+        default=75,
+        help="the exit code where the lock was not acquired in time (default: %(default)s)",
+    )
+    parser.set_defaults(handler=handle, takes_command=True)
+
+
+def handle(args: argparse.Namespace) -> int:
+    if os.name != "posix":
+        raise options.UsageError("dblock run needs the process groups of Unix; on Windows use dblock from Python")
+    # Signals and process groups, which not every system has.
+    from dblock.cli import process
+    from dblock.cli.watcher import Watcher
+
+    if not args.command:
+        raise options.UsageError("no command: write it after -- (see dblock run --help)")
+    url = options.url(args)
+    tenant = options.value(args, "tenant")
+    lock = dblock.lock(
+        url,
+        target=options.required(args, "target"),
+        step=options.required(args, "step"),
+        tenant=tenant,
+        timeout=options.duration(options.value(args, "timeout")),
+        database=options.value(args, "database"),
+        allow_session_pooler=args.allow_session_pooler,
+    )
+    _log_to_stderr()
+    code: int | None = None
+    with process.Signals() as signals:
+        try:
+            with lock:
+                signals.interrupting = False
+                with Watcher(lock.fileno()) as watcher:
+                    environment = _environment(lock, tenant, url if args.pass_url else None)
+                    code = process.run(args.command, environment, signals, watcher)
+                # What hangs now is the giving back, and it may be left to the end of the connection.
+                signals.interrupting = True
+        except dblock.LockLost as lost:
+            raise dblock.LockLost(f"{lost}; {_outcome(code)}") from lost
+        except process.CommandNotStarted as error:
+            say(f"{error}; the command was not run")
+            return error.exit_code
+        except process.Interrupted as interrupted:
+            name = _signal_name(interrupted.number)
+            if code is None:
+                say(f"interrupted by {name} before the command was run; the lock is not held")
+                return 128 + interrupted.number
+            say(f"interrupted by {name} while giving the lock back; the server does so at the connection's end")
+    if code < 0:
+        say(_outcome(code))
+        return 128 - code
+    return code
+
+
+def _environment(lock: dblock.Lock, tenant: str | None, url: str | None) -> dict[str, str]:
+    environment = {name: value for name, value in os.environ.items() if name != "DBLOCK_URL"}
+    environment |= {
+        "DBLOCK_HELD": "1",
+        "DBLOCK_KEY": str(lock.key.value),
+        "DBLOCK_TARGET": lock.target,
+        "DBLOCK_STEP": lock.step,
+        # Empty rather than left out: what an outer dblock run has set is not this lock's.
+        "DBLOCK_TENANT": tenant or "",
+    }
+    return environment if url is None else environment | {"DBLOCK_URL": url}
+
+
+def _outcome(code: int | None) -> str:
+    if code is None:
+        return "the command was not run"
+    if code < 0:
+        return f"the command was ended by {_signal_name(-code)}"
+    return f"the command ended with exit code {code}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # most of the real-time signals have no name
+        return f"signal {number}"
+
+
+def _exit_code(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) <= 255):
+        raise argparse.ArgumentTypeError("must be a number from 0 to 255")
+    return int(text)
+
+
+def _log_to_stderr() -> None:
+    log = logging.getLogger("dblock")
+    log.addHandler(LogHandler())
+    log.setLevel(logging.INFO)
+    log.propagate = False
