@@ -71,7 +71,12 @@ class Session:
         with suppress(Exception):
             self._connection.close()
 
-    def _execute(self, message: str) -> Row:
+    def rows(self, message: str) -> list[Row]:
+        """Send one message, and return all rows of its last statement.
+
+        Raises:
+            DatabaseError: the server or the connection failed it.
+        """
         import psycopg
 
         try:
@@ -81,9 +86,13 @@ class Session:
                 cursor.execute(message.encode(), prepare=False)
                 while cursor.nextset():
                     pass
-                return (cursor.fetchone() or ()) if cursor.description else ()
+                return cursor.fetchall() if cursor.description else []
         except psycopg.Error as error:
             raise DatabaseError(_first_line(error), error.sqlstate) from error
+
+    def _execute(self, message: str) -> Row:
+        rows = self.rows(message)
+        return rows[0] if rows else ()
 
 
 def check_source(db: Source) -> Source:

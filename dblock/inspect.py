@@ -1,0 +1,98 @@
+"""Who holds and who waits, for people: the answer of ``sql/postgres/inspect.sql``, as objects.
+
+The query exists once, as the script that a DBA runs in psql. Here it runs in a session of its own, so what is seen
+does not depend on the caller's transaction.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any
+
+from dblock.connect import Source, check_source, connect
+from dblock.errors import UnsafeConnection
+from dblock.label import printable
+from dblock.scripts import script
+
+# For this message only: behind a pooler nothing of it is left to the next client. The script itself depends on none
+# of it; the driver reads no other date style.
+_SETTINGS = """
+    SET LOCAL search_path = pg_catalog, pg_temp;
+    SET LOCAL datestyle = 'ISO';
+    SET LOCAL timezone = 'UTC';
+"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One holder of an advisory lock, or one who waits; in the order of the script's columns.
+
+    What is None cannot be known, or not by the role that asked.
+
+    Attributes:
+        state: ``held`` or ``waiting``.
+        position: of one who waits in dblock's queue; 1 is next.
+        target: where the step runs; with a ``~`` at the end where a long name was shortened.
+        step: what runs there.
+        tenant: for whom, as the session says.
+        since: when it was granted, or the wait began.
+        seconds: how long ago that was.
+        pid: the session's process on the server; None for a prepared transaction.
+        host: where its client runs.
+        user: its role.
+        to_free: of a holder, the statement that ends it.
+        mode: ``exclusive`` or ``shared``.
+        key: the lock's number; None for a lock of two integers.
+        lock: whose kind of lock it is: dblock's, one bigint, or two integers.
+        application: application_name where it is not this lock's label, or the prepared transaction.
+        blocked_by: of one who waits, the pids of the holders and of those ahead; 0 is a prepared transaction.
+    """
+
+    state: str
+    position: int | None
+    target: str | None
+    step: str | None
+    tenant: str | None
+    since: datetime | None
+    seconds: int | None
+    pid: int | None
+    host: str | None
+    user: str | None
+    to_free: str | None
+    mode: str
+    key: int | None
+    lock: str
+    application: str | None
+    blocked_by: list[int] | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as JSON knows it: ``since`` in ISO 8601, texts free of what a terminal would act on."""
+        document = {name: printable(value) if isinstance(value, str) else value for name, value in asdict(self).items()}
+        return document | {"since": self.since and self.since.isoformat(), "blocked_by": self.blocked_by or []}
+
+
+def entries(db: Source, *, database: str | None = None) -> list[Entry]:
+    """Ask who holds and who waits in one database, the most urgent first.
+
+    Args:
+        db: a URL, a conninfo string, or a callable that returns a new psycopg connection. It may be a pooler's or a
+            standby's: nothing is taken.
+        database: the database it must be, or None.
+
+    Returns:
+        An entry for each holder, and below it one for each who waits for it, in their order.
+
+    Raises:
+        UnsafeConnection: it is another database.
+        DatabaseError: the database cannot be reached, or refused the query.
+        ValueError: db cannot be read.
+    """
+    with closing(connect(check_source(db))) as session:
+        ((connected_to,),) = session.rows("SELECT current_database()::text")
+        if database is not None and connected_to != database:
+            raise UnsafeConnection(
+                f"connected to database {connected_to!r}, but {database!r} was asked for: its locks are not seen here"
+            )
+        return [Entry(*row) for row in session.rows(_SETTINGS + script("postgres/inspect"))]
