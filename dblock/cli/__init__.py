@@ -49,11 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         except SystemExit as end:  # argparse has printed the help or the version
             code = end.code if isinstance(end.code, int) else 0
         sys.stdout.flush()
-    except BrokenPipeError:
-        # Who reads our output has had enough of it. As any filter, end as if by SIGPIPE, and keep the interpreter
-        # from trying once more to write what is left.
+    except OSError as error:
+        # Keep the interpreter from trying at its end to write once more what is left.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 141
+        if isinstance(error, BrokenPipeError):
+            return 141  # who reads it has had enough: end as any filter does, without a word
+        say(f"cannot write to stdout: {error.strerror}")
+        return INTERNAL
     except KeyboardInterrupt as interrupt:
         say("interrupted")
         return 128 + getattr(interrupt, "number", signal.SIGINT)

@@ -77,7 +77,7 @@ def handle(args: argparse.Namespace) -> int:
     from dblock.cli import process
     from dblock.cli.watcher import Watcher
 
-    if not args.command:
+    if not args.command or not args.command[0]:
         raise options.UsageError("no command: write it after -- (see dblock run --help)")
     url = options.url(args)
     tenant = options.value(args, "tenant")
