@@ -74,7 +74,8 @@ def handle(args: argparse.Namespace) -> int:
         from dblock.demo.events import as_json, collided
         from dblock.demo.play import Play
     except ImportError as error:
-        say(f"the demo needs the package {error.name}: pip install 'dblock[demo]'")
+        package = (error.name or str(error)).partition(".")[0]
+        say(f"the demo needs the package {package}, which is not installed: pip install 'dblock[demo]'")
         return _UNAVAILABLE
 
     console = Console()

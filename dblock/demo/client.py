@@ -23,7 +23,7 @@ def main() -> None:
             for command in args.commands or ():
                 connection.execute(command.encode())
     except psycopg.Error as error:
-        sys.exit(f"ERROR: {error}")
+        sys.exit(f"ERROR: {str(error).splitlines()[0]}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ class Event:
         door: how step b's lock was taken for this tenant: python, run or sql.
         start: taken inside the lock.
         end: taken inside the lock; so far, while it is running.
-        asked: when the step's process was started; from there to the start it waited for the lock.
+        asked: when the process of the step was started; from there to the start it came up and waited for the lock.
         running: it has not ended yet.
         alarm: it found another step b's guard row.
     """

@@ -91,7 +91,7 @@ def draw(state: State) -> str:
 
 def _title(state: State) -> str:
     if collisions(state.events):
-        return "Without the lock: steps b of several tenants run together on one target"
+        return f"Steps b of several tenants at one time on a target, {'with' if state.locked else 'without'} the lock"
     return "Steps a and c of all tenants side by side, step b for one tenant at a time on each target"
 
 
@@ -127,7 +127,7 @@ def _legend(collided: bool) -> list[svg.Element]:
         else:
             elements.append(svg.Rect(class_=[class_], x=x, y=y, width=22, height=12, rx=2))
         elements.append(_text(meaning, x + 28, y + 10, "quiet"))
-        x += 28 + 7 * len(meaning) + 20
+        x += 28 + 6 * len(meaning) + 24
     return elements
 
 

@@ -59,10 +59,11 @@ class Deployment:
 
 @dataclass(frozen=True)
 class State:
-    """What is known at one moment: the deployments, and the steps that have begun."""
+    """What is known at one moment: the deployments, the steps that have begun, and whether steps b take the lock."""
 
     deployments: Sequence[Deployment]
     events: Sequence[Event]
+    locked: bool
 
 
 class Play:
@@ -146,14 +147,23 @@ class Play:
                 FROM {steps.SCHEMA}.events ORDER BY target, tenant, step""",  # noqa: S608 - a constant
             {"began": began},
         ).fetchall()
-        asked = {
-            (each.tenant, each.target, step): at for each in self._deployments for step, at in each.asked.copy().items()
-        }
+        asked = {(each.tenant, each.target): each.asked for each in self._deployments}
         events = [
-            Event(tenant, target, step, door, start, end, min(asked[tenant, target, step], start), running, alarm)
+            Event(
+                tenant,
+                target,
+                step,
+                door,
+                start,
+                end,
+                # Without the lock nothing is waited for.
+                asked=min(asked[tenant, target][step], start) if self._locked else start,
+                running=running,
+                alarm=alarm,
+            )
             for tenant, target, step, door, start, end, running, alarm in rows
         ]
-        return State(self._deployments, events)
+        return State(self._deployments, events, self._locked)
 
     def _deploy(self, deployment: Deployment, folder: Path) -> None:
         for step in ("a", "b", "c"):
@@ -166,9 +176,7 @@ class Play:
             with self._gate:
                 self._processes.discard(process)
             if process.returncode:
-                said = [line for line in stderr.splitlines() if line.strip()]
-                errors = [line for line in said if "ERROR" in line] or said or [f"exit code {process.returncode}"]
-                deployment.failure = f"step {step}: {errors[-1]}"
+                deployment.failure = f"step {step}: {_error(stderr) or f'exit code {process.returncode}'}"
                 return
 
     def _argv(self, deployment: Deployment, step: str, folder: Path) -> list[str]:
@@ -234,6 +242,13 @@ class Play:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
             process.kill()
+
+
+def _error(stderr: str) -> str:
+    """The line that says why, among hints, contexts and what was logged before."""
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    errors = [line.partition("ERROR:")[2].strip() for line in lines if "ERROR:" in line]
+    return (errors or lines[-1:] or [""])[0]
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -98,8 +99,8 @@ def timeline(console: Console, state: State) -> None:
         table.add_row(each.target, each.tenant, _DOORS[each.door], _bars(own, bad, width / last, width))
     console.print(table)
     legend = Text.assemble(
-        ("aaa", _STYLES["a"]), " and ", ("ccc", _STYLES["c"]), " side by side   ", ("BBB", _STYLES["b"]),
-        " one at a time on a target   ", ("...", _WAITING), " waits for the lock",
+        ("aaa", _STYLES["a"]), " ", ("ccc", _STYLES["c"]), " side by side   ", ("BBB", _STYLES["b"]),
+        " one at a time on each target   ", ("...", _WAITING), " waits",
     )  # fmt: skip
     if bad:
         legend.append("   ").append("BBB", _COLLIDED).append(" collided")
@@ -116,7 +117,8 @@ def _bars(events: list[Event], bad: set[Event], scale: float, width: int) -> Tex
             line[waited:first] = [(".", _WAITING)] * (first - waited)
         end = min(width, max(end, first + 1))
         line[first:end] = [(event.step.upper() if event.step == "b" else event.step, style)] * (end - first)
-    return Text.assemble(*line)
+    runs = (("".join(letter for letter, _ in run), style) for style, run in groupby(line, key=lambda cell: cell[1]))
+    return Text.assemble(*runs)
 
 
 def verdict(console: Console, state: State) -> None:

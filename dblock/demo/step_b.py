@@ -24,7 +24,7 @@ def main() -> None:
             with dblock.lock(url, target=target, step="b", tenant=tenant):
                 migrate(url, tenant, target)
     except (dblock.Error, psycopg.Error) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        sys.exit(f"ERROR: {str(error).splitlines()[0]}")
 
 
 def migrate(url: str, tenant: str, target: str) -> None:
