@@ -16,12 +16,12 @@ from dblock.errors import UnsafeConnection
 from dblock.label import printable
 from dblock.scripts import script
 
-# For this message only: behind a pooler nothing of it is left to the next client. The script itself depends on none
-# of it; the driver reads no other date style.
+# The script depends on none of these. The driver looks at the session when it reads the times, and knows one date style
+# only; a pooler carries these two settings with the client.
 _SETTINGS = """
+    SET datestyle = 'ISO';
+    SET timezone = 'UTC';
     SET LOCAL search_path = pg_catalog, pg_temp;
-    SET LOCAL datestyle = 'ISO';
-    SET LOCAL timezone = 'UTC';
 """
 
 
