@@ -156,8 +156,9 @@ def test_a_machine_without_psql(demo: Demo, tmp_path: Path) -> None:
 
 
 def test_a_server_of_its_own_and_the_picture_where_one_stands(demo: Demo) -> None:
-    """DBLOCK_URL is for deployments: the demo does not play in that database."""
-    with demo.start("--tenants", "2", "--targets", "1", DBLOCK_URL="host=nowhere.invalid") as process:
+    """DBLOCK_URL and libpq's variables are for deployments: the demo does not play in their database."""
+    elsewhere = {"DBLOCK_URL": "host=nowhere.invalid", "PGHOSTADDR": "192.0.2.1", "PGSSLMODE": "require"}
+    with demo.start("--tenants", "2", "--targets", "1", **elsewhere) as process:
         stdout, stderr = process.communicate(timeout=TIMEOUT_SECONDS)
     assert process.returncode == 0, stdout + stderr
     assert len(bars(ET.parse(demo.folder / "dblock-demo.svg").getroot())) == 6  # noqa: S314 - our own file
@@ -168,7 +169,7 @@ def test_a_signal_ends_everything_and_leaves_nothing(
     demo: Demo, observer: psycopg.Connection[tuple[Any, ...]], number: signal.Signals, code: int
 ) -> None:
     before = advisory_locks(observer)
-    with demo.start("--url", demo.url, "--tenants", "4", "--targets", "1", PYTHONUNBUFFERED="1") as process:
+    with demo.start("--url", demo.url, "--tenants", "4", "--targets", "1") as process:
         assert process.stdout is not None
         assert any(" b begins" in line for line in process.stdout)
         process.send_signal(number)

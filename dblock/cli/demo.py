@@ -93,8 +93,7 @@ def handle(args: argparse.Namespace) -> int:
     if args.json:
         args.json.write_text(as_json(state.events), encoding="utf-8")
         console.print(f"What happened when: {args.json}", highlight=False, soft_wrap=True)
-    failed = any(each.failure is not None for each in state.deployments)
-    return 1 if failed or collided(state.events) else 0
+    return 0 if state.complete and not collided(state.events) else 1
 
 
 @contextmanager
@@ -109,7 +108,8 @@ def _database(existing: str | None) -> Iterator[tuple[str, Path | None]]:
 
     with postgres_server() as server:
         own = server.bin / "psql"
-        yield server.url, own if own.exists() else psql
+        # Said in the URL, because libpq would take it from the environment otherwise: another server, or TLS.
+        yield f"{server.url}?hostaddr=127.0.0.1&sslmode=disable", own if own.exists() else psql
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from itertools import count
 import svg
 
 from dblock.demo.events import Event, collided, collisions
-from dblock.demo.play import Deployment, State
+from dblock.demo.play import STEPS, Deployment, State
 
 _WIDTH = 960
 _MARGIN = 24
@@ -80,7 +80,7 @@ def draw(state: State) -> str:
         for each in deployments:
             elements.append(_text(each.tenant, _MARGIN, y + 12))
             elements.append(_text(_DOORS[each.door], _MARGIN + 36, y + 12, "quiet"))
-            for step in ("a", "b", "c"):
+            for step in STEPS:
                 event = events.get((target, each.tenant, step))
                 if event is not None:
                     elements += _bar(event, y, scale, collided=event in bad)

@@ -30,6 +30,7 @@ from dblock.errors import DatabaseError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+STEPS = ("a", "b", "c")
 DOORS = ("python", "run", "sql")
 
 _LOOK_SECONDS = 0.1
@@ -64,6 +65,12 @@ class State:
     deployments: Sequence[Deployment]
     events: Sequence[Event]
     locked: bool
+
+    @property
+    def complete(self) -> bool:
+        """Whether every step of every deployment has come to its end, and none failed."""
+        ended = sum(not event.running for event in self.events)
+        return ended == len(STEPS) * len(self.deployments) and not any(each.failure for each in self.deployments)
 
 
 class Play:
@@ -166,10 +173,14 @@ class Play:
         return State(self._deployments, events, self._locked)
 
     def _deploy(self, deployment: Deployment, folder: Path) -> None:
-        for step in ("a", "b", "c"):
+        for step in STEPS:
             argv = self._argv(deployment, step, folder)
             deployment.asked[step] = round(time.monotonic() - self._begin, 3)
-            process = self._start(argv)
+            try:
+                process = self._start(argv)
+            except OSError as error:
+                deployment.failure = f"step {step}: its process could not be started: {error}"
+                return
             if process is None:
                 return
             _, stderr = process.communicate()

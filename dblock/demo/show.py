@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dblock.demo.events import Event, collided, collisions, side_by_side
-from dblock.demo.play import Deployment, State
+from dblock.demo.play import STEPS, Deployment, State
 
 # Letters, so that a terminal without colours or block characters shows the same.
 _STYLES = {"a": "black on bright_black", "b": "bold white on blue", "c": "black on bright_black"}
@@ -63,10 +63,7 @@ def _progress(state: State) -> Table:
     events = {(event.target, event.tenant, event.step): event for event in state.events}
     now = max((event.end for event in state.events), default=0.0)
     for each in state.deployments:
-        cells = [
-            _cell(each, step, events.get((each.target, each.tenant, step)), bad=bad, now=now)
-            for step in ("a", "b", "c")
-        ]
+        cells = [_cell(each, step, events.get((each.target, each.tenant, step)), bad=bad, now=now) for step in STEPS]
         table.add_row(each.target, each.tenant, _DOORS[each.door], *cells)
     return table
 
