@@ -59,10 +59,10 @@ def schema(url: str, script: str) -> Iterator[None]:
 def _set_traps(connection: psycopg.Connection[Any], functions: list[str]) -> None:
     for name, arguments, result in connection.execute(
         """
-        SELECT proname, pg_get_function_identity_arguments(oid), prorettype::regtype
+        SELECT proname, replace(pg_get_function_identity_arguments(oid), '"any"', 'text[]'), prorettype::regtype
         FROM pg_proc
-        WHERE pronamespace = 'pg_catalog'::regnamespace AND prokind = 'f' AND proname = ANY (%s)
-          AND prorettype <> 'internal'::regtype AND provariadic = 0 AND proargmodes IS NULL
+        WHERE pronamespace = 'pg_catalog'::regnamespace AND proname = ANY (%s)
+          AND prorettype <> 'internal'::regtype AND COALESCE(proargmodes <@ '{i,v}', true)
         """,
         (functions,),
     ).fetchall():

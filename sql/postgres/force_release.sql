@@ -156,7 +156,7 @@ SELECT CASE
            WHEN d.pid IS NULL
                THEN pg_catalog.concat('held by a prepared transaction, which has no session to end; to end it: '
                                       'ROLLBACK PREPARED ', prepared.quoted)
-           WHEN judged.confirm OPERATOR(pg_catalog.<>) '' AND NOT d.confirmed
+           WHEN judged.confirm OPERATOR(pg_catalog.<>) '' AND pg_catalog.bool_or(d.confirmed) OVER () IS NOT TRUE
                THEN pg_catalog.format('nothing was ended: pid %s does not hold this lock, this session does', judged.confirm)
            WHEN d.own
                THEN pg_catalog.format('nothing was ended: your own session holds it; release.sql gives it back, or '
