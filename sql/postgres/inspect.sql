@@ -179,7 +179,8 @@ places AS MATERIALIZED (
                         AND (l.objsubid OPERATOR(pg_catalog.=) 2 OR NOT l.granted))
     GROUP BY l.pid, l.virtualtransaction, l.classid, l.objid, l.objsubid, l.key, l.granted
   UNION ALL
-    SELECT q.pid, NULL, q.classid, NULL, NULL, COALESCE(own.key, said.key, sole.key), false, true, false, own.waitstart, q.ticket
+    SELECT q.pid, NULL, q.classid, NULL, NULL, COALESCE(own.key, said.key, sole.key),
+           false, true, false, own.waitstart, q.ticket
     FROM queue AS q
     LEFT JOIN locks AS own  ON own.pid OPERATOR(pg_catalog.=) q.pid AND own.classid OPERATOR(pg_catalog.=) q.classid
                            AND own.objsubid OPERATOR(pg_catalog.=) 1
