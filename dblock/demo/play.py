@@ -112,7 +112,10 @@ class Play:
             DatabaseError: the database cannot be reached, or refused; or another demo is running in it.
         """
         try:
-            with psycopg.connect(self._url, autocommit=True) as connection, tempfile.TemporaryDirectory() as folder:
+            with (
+                psycopg.connect(self._url, autocommit=True) as connection,
+                tempfile.TemporaryDirectory(prefix="dblock-demo-") as folder,
+            ):
                 for name in ("acquire", "release"):
                     Path(folder, f"{name}.sql").write_text(scripts.script(f"postgres/{name}"), encoding="utf-8")
                 with _schema(connection, self._tenants, self._targets):

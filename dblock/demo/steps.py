@@ -41,9 +41,16 @@ def set_up(tenants: list[str], targets: list[str]) -> list[str]:
 def tear_down() -> list[str]:
     """Remove all that the demo made; steps that were cut off and still run lose their sessions first."""
     return [
+        # Numbers of tables are a database's own: another database's session may lock a table of the same number.
         f"""SELECT pg_terminate_backend(pid) FROM (
-                SELECT DISTINCT pid FROM pg_locks JOIN pg_class AS c ON c.oid = relation
-                WHERE c.relnamespace = to_regnamespace('{SCHEMA}') AND pid <> pg_backend_pid()) AS left_over""",
+                SELECT DISTINCT pid
+                FROM pg_locks
+                JOIN pg_stat_activity AS session USING (pid)
+                JOIN pg_class AS class ON class.oid = relation
+                WHERE class.relnamespace = to_regnamespace('{SCHEMA}')
+                  AND pg_locks.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+                  AND session.backend_type = 'client backend' AND session.usename = current_user
+                  AND pid <> pg_backend_pid()) AS left_over""",
         f"DROP SCHEMA IF EXISTS {SCHEMA} CASCADE",
     ]
 
