@@ -129,7 +129,7 @@ def test_with_the_lock_b_runs_in_single_file_and_a_and_c_side_by_side(
     check_single_file(ended, tenants=3, targets=2)
     doors = {(event["target"], event["door"]) for event in ended.events if event["step"] == "b"}
     assert doors == set(product(("web-01", "web-02"), ("python", "run", "sql")))
-    assert "never two on one target at one moment" in ended.stdout
+    assert "none overlapped another on its target" in ended.stdout
     assert not schema_is_there(observer)
 
 
@@ -143,7 +143,7 @@ def test_without_the_lock_b_collides_and_the_exit_code_says_so(
     collided = {event["tenant"] for pair in collisions(ended.events) for event in pair}
     assert sum("collided" in bar for bar in bars(ended.picture)) == len(collided)
     assert len(bars(ended.picture)) == len(ended.events)
-    assert "running on one target at one moment" in ended.stdout
+    assert "overlapped on one target" in ended.stdout
     assert not schema_is_there(observer)
 
 

@@ -123,16 +123,11 @@ def verdict(console: Console, state: State) -> None:
     together, pairs = collisions(state.events), side_by_side(state.events)
     runs = sum(event.step == "b" for event in state.events)
     lines: list[RenderableType] = [
-        Text(f"Steps a and c: {len(pairs)} times two of different tenants were running at one moment.")
+        Text(f"Steps a and c: {len(pairs)} pairs of runs for different tenants overlapped, as they may."),
+        Text(f"Step b: {runs} runs, {len(together)} pairs of them overlapped on one target.", "bold red")
+        if together
+        else Text(f"Step b: {runs} runs, and none overlapped another on its target.", "bold green"),
     ]
-    if together:
-        lines.append(
-            Text(
-                f"Step b: {runs} runs, {len(together)} times two were running on one target at one moment.", "bold red"
-            )
-        )
-    else:
-        lines.append(Text(f"Step b: {runs} runs, and never two on one target at one moment.", "bold green"))
     lines += [
         Text(f"{each.tenant} on {each.target} failed in {each.failure}", "red")
         for each in state.deployments
