@@ -8,9 +8,11 @@ import os
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -303,28 +305,117 @@ def test_a_signal_ends_the_wait(
     with dblock.lock(url, target=target, step=STEP) as held:
         before = rows(observer, target)
         with started(url, target, command=["echo", "never"]) as process:
-            wait_until(lambda: waiters(observer, target), "the waiter")
+            assert process.stderr is not None
+            waiting = process.stderr.readline().decode()
+            assert re.match(rf"dblock: waiting for b@{target}: held by a session \(pid \d+, .*\) since ", waiting)
+            assert waiters(observer, target)
             process.send_signal(number)
             stdout, stderr = process.communicate(timeout=60)
         assert (process.returncode, stdout) == (128 + number, b"")
-        last = stderr.decode().splitlines()[-1]
-        assert last.startswith("dblock: ")
-        assert number.name in last
+        assert complaint(stderr).startswith(f"dblock: interrupted by {number.name} ")
         assert held.held
         assert [row[:2] for row in rows(observer, target)] == [row[:2] for row in before]
     assert rows(observer, target) == []
 
 
-# Parent and child both report the signals that they get; they end at the end of their input, after the last report.
+class Wire:
+    """Carries connections to the server, until it is cut: then nothing arrives any more, and nothing is closed."""
+
+    def __init__(self, url: str) -> None:
+        server = psycopg.conninfo.conninfo_to_dict(url)
+        self._server = (str(server.get("host", "127.0.0.1")), int(server.get("port") or 5432))
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self._cut = threading.Event()
+        self._sockets = [self._listening]
+        self.connections = self.lost = 0
+        self.url = psycopg.conninfo.make_conninfo(url, host="127.0.0.1", port=self._listening.getsockname()[1])
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        self._cut.set()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listening.accept()
+                self._sockets.append(client)
+                self.connections += 1
+                if not self._cut.is_set():
+                    server = socket.create_connection(self._server)
+                    self._sockets.append(server)
+                    for pair in ((client, server), (server, client)):
+                        threading.Thread(target=self._carry, args=pair, daemon=True).start()
+
+    def _carry(self, source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                if self._cut.is_set():
+                    self.lost += len(data)
+                else:
+                    sink.sendall(data)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each in self._sockets:
+            each.close()
+
+
+def test_a_signal_while_connecting(url: str, target: str) -> None:
+    with Wire(url) as wire:
+        wire.cut()
+        with started(wire.url, target, command=["echo", "never"]) as process:
+            wait_until(lambda: wire.connections, "the attempt to connect")
+            process.terminate()
+            stdout, stderr = process.communicate(timeout=60)
+            assert (process.returncode, stdout) == (143, b"")
+            assert "interrupted by SIGTERM" in complaint(stderr)
+
+
+def test_a_second_signal_ends_a_wait_for_a_server_that_is_silent(
+    url: str, target: str, observer: psycopg.Connection[Any]
+) -> None:
+    with (
+        dblock.lock(url, target=target, step=STEP),
+        Wire(url) as wire,
+        started(wire.url, target, command=["echo", "never"]) as process,
+    ):
+        wait_until(lambda: waiters(observer, target), "the waiter")
+        wire.cut()
+        process.terminate()
+        wait_until(lambda: wire.connections == 2, "the request to cancel, which gets no answer")
+        process.terminate()
+        stdout, stderr = process.communicate(timeout=60)
+        assert (process.returncode, stdout) == (143, b"")
+        assert stderr.splitlines()[-1].startswith(b"dblock: interrupted again by SIGTERM")
+
+
+def test_a_signal_ends_a_release_that_hangs_and_the_commands_code_stays(url: str, target: str) -> None:
+    with Wire(url) as wire, started(wire.url, target, command=["sh", "-c", "echo held; read line; exit 3"]) as process:
+        assert line(process) == "held"
+        wire.cut()
+        assert process.stdin is not None
+        process.stdin.close()
+        wait_until(lambda: wire.lost, "the release, which gets no answer")
+        process.terminate()
+        process.wait(60)
+        assert process.stderr is not None
+        assert "while giving the lock back" in complaint(process.stderr.read())
+        assert process.returncode == 3
+
+
+# Parent and child both report the signals that they get, and end after the last.
 REPORTERS = """
-import os, signal, sys
+import os, signal
+signals = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")}
+signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # kept for sigwait: none can arrive between two calls
 who = "child" if os.fork() == 0 else "parent"
-def report(number, frame):
-    os.write(1, f"{who} {signal.Signals(number).name}\\n".encode())
-for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2"):
-    signal.signal(getattr(signal, name), report)
 os.write(1, b"ready\\n")
-sys.stdin.read()
+number = None
+while number != signal.SIGUSR2:
+    number = signal.sigwait(signals)
+    os.write(1, f"{who} {signal.Signals(number).name}\\n".encode())
 os._exit(7)
 """
 
@@ -335,6 +426,7 @@ def test_signals_reach_the_whole_group_and_the_command_may_handle_them(url: str,
         for number in SIGNALS:
             process.send_signal(number)
             assert {line(process), line(process)} == {f"child {number.name}", f"parent {number.name}"}
+        assert SIGNALS[-1] is signal.SIGUSR2
         _, stderr = process.communicate(timeout=60)
         assert (process.returncode, stderr) == (7, b"")
 

@@ -49,12 +49,13 @@ class Signals:
     """The signals that a command is to get, from its `__enter__` on.
 
     Attributes:
-        interrupting: whether a signal raises `Interrupted`, once, in what is being done. Otherwise it is kept for
-            `received`.
+        interrupting: whether a signal raises `Interrupted` in what is being done; a second one then ends the process
+            on the spot. Otherwise it is kept for `received`.
     """
 
     def __init__(self) -> None:
         self.interrupting = True
+        self._interrupted = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -97,10 +98,15 @@ class Signals:
             signal.signal(number, signal.SIG_DFL)
 
     def _interrupt(self, number: int, _frame: FrameType | None) -> None:
-        if self.interrupting:
-            # Only once: what is then done is the giving back, which a second one must not cut short.
-            self.interrupting = False
-            raise Interrupted(number)
+        if not self.interrupting:
+            return
+        if self._interrupted:
+            # The server does not answer, or not fast enough for somebody. It gives back what this session has when
+            # it sees the connection's end.
+            say(f"interrupted again by {signal.Signals(number).name}: ended without waiting for the server")
+            os._exit(128 + number)
+        self._interrupted = True
+        raise Interrupted(number)
 
 
 def _note(_number: int, _frame: FrameType | None) -> None:

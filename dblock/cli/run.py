@@ -157,3 +157,6 @@ def _log_to_stderr() -> None:
     log.addHandler(LogHandler())
     log.setLevel(logging.INFO)
     log.propagate = False
+    # The driver's own warnings, such as that a silent server did not answer a cancel, would come without our name,
+    # and tell nothing that our line does not.
+    logging.getLogger("psycopg").addHandler(logging.NullHandler())

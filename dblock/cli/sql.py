@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from dblock.cli.options import UsageError
+from dblock import scripts
 
 
 def add(commands: Any) -> None:
@@ -20,13 +20,9 @@ def add(commands: Any) -> None:
 
 
 def handle(args: argparse.Namespace) -> int:
-    from dblock import scripts
-
     if args.name is None:
         print(*scripts.names(), sep="\n")
         return 0
-    if args.name not in scripts.names():
-        raise UsageError(f"there is no script {args.name!r}; there are {', '.join(scripts.names())}")
     # As bytes: print would translate line ends and encode as the terminal likes it.
     sys.stdout.buffer.write(scripts.script(args.name).encode())
     return 0
