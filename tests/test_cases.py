@@ -128,7 +128,7 @@ def rows(observer: psycopg.Connection[Any], wish: Wish) -> list[Row]:
         """,
         (key.postgres.classid, key.postgres.objid),
     )
-    return [Row(*row[:4], re.sub(r"^(dblock1 w?)\d{10} ", r"\1T ", row[4])) for row in found]
+    return [Row(row[0], row[1], row[2], row[3], re.sub(r"^(dblock1 w?)\d{10} ", r"\1T ", row[4])) for row in found]
 
 
 def any_row(observer: psycopg.Connection[Any]) -> list[Any]:

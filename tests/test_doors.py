@@ -34,8 +34,8 @@ def tickets(observer: psycopg.Connection[Any], wish: Wish) -> list[int]:
 def holders(observer: psycopg.Connection[Any], wish: Wish) -> list[int]:
     key = dblock.key(wish.target, wish.step)
     rows = observer.execute(
-        "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1 AND classid = %s AND objid = %s AND granted"
-        " AND pid IN (SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'dblock1 1%%')",
+        "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1 AND classid = %s AND objid = %s"
+        " AND granted AND pid IN (SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'dblock1 1%%')",
         (key.postgres.classid, key.postgres.objid),
     ).fetchall()
     return [pid for (pid,) in rows]

@@ -1,0 +1,21 @@
+"""What many tests need: waiting for something to become true, and throw-away databases, poolers and networks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+PATIENCE_SECONDS = 60  # a limit for what hangs; nothing that works comes near it
+_PAUSE_SECONDS = 0.01
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = PATIENCE_SECONDS) -> None:
+    """Wait until the condition holds.
+
+    Raises:
+        AssertionError: it did not within the seconds; names what was waited for.
+    """
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds:g} s in vain for {what}"
+        time.sleep(_PAUSE_SECONDS)
