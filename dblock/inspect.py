@@ -1,7 +1,7 @@
-"""Who holds and who waits, for people: the answer of ``sql/postgres/inspect.sql``, as objects.
+"""Who holds and who waits, for people: the answer of ``sql/ENGINE/inspect.sql``, as objects.
 
-The query exists once, as the script that a DBA runs in psql. Here it runs in a session of its own, so what is seen
-does not depend on the caller's transaction.
+The query exists once for each engine, as the script that a DBA runs. Here it runs in a session of its own, so what is
+seen does not depend on the caller's transaction.
 """
 
 from __future__ import annotations
@@ -15,14 +15,6 @@ from dblock.connect import Source, check_source, connect
 from dblock.errors import UnsafeConnection
 from dblock.label import printable
 from dblock.scripts import script
-
-# The script depends on none of these. The driver looks at the session when it reads the times, and knows one date style
-# only; a pooler carries these two settings with the client.
-_SETTINGS = """
-    SET datestyle = 'ISO';
-    SET timezone = 'UTC';
-    SET LOCAL search_path = pg_catalog, pg_temp;
-"""
 
 
 @dataclass(frozen=True)
@@ -77,8 +69,8 @@ def entries(db: Source, *, database: str | None = None) -> list[Entry]:
     """Ask who holds and who waits in one database, the most urgent first.
 
     Args:
-        db: a URL, a conninfo string, or a callable that returns a new psycopg connection. It may be a pooler's or a
-            standby's: nothing is taken.
+        db: a URL, a conninfo string, or a callable that returns a new connection. It may be a pooler's or a standby's:
+            nothing is taken.
         database: the database it must be, or None.
 
     Returns:
@@ -90,9 +82,11 @@ def entries(db: Source, *, database: str | None = None) -> list[Entry]:
         ValueError: db cannot be read.
     """
     with closing(connect(check_source(db))) as session:
-        ((connected_to,),) = session.rows("SELECT current_database()::text")
+        engine = session.engine
+        ((connected_to,),) = session.rows(engine.current_database)
         if database is not None and connected_to != database:
             raise UnsafeConnection(
                 f"connected to database {connected_to!r}, but {database!r} was asked for: its locks are not seen here"
             )
-        return [Entry(*row) for row in session.rows(_SETTINGS + script("postgres/inspect"))]
+        found = session.rows(engine.inspect_settings + script(f"{engine.name}/inspect"))
+        return [Entry(*engine.entry_row(row)) for row in found]

@@ -6,16 +6,19 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import wraps
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar
 
-from dblock import label, names, protocol
-from dblock.connect import Session, Source, check_source, connect
+from dblock import label, names
+from dblock.connect import Source, check_source, connect
 from dblock.errors import AlreadyHeld, DatabaseError, LockLost, LockNotHeld, LockTimeout
-from dblock.postgres import LockNames, Look
+from dblock.protocol import Busy, Conditions, Granted, Look, ServerLock, Wish
+from dblock.session import Session
+from dblock.watch import KeepAlive
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # a type checker knows it; typing has it from 3.11 only
@@ -56,15 +59,17 @@ def lock(
     ...     migrate()
 
     Args:
-        db: a PostgreSQL URL or conninfo string, or a callable that returns a new psycopg connection. The lock has a
-            connection of its own, opened at the acquire and closed at the release.
+        db: a URL (``postgresql://…``, ``mssql+pymssql://…``), a PostgreSQL conninfo string, or a callable that returns
+            a new connection of psycopg or pymssql. The lock has a connection of its own, opened at the acquire and
+            closed at the release.
         target: where the step runs. Compared exactly, as is the step; see `dblock.key`.
         step: what may run only once at a time there.
         tenant: for whom; a label that others see while they wait, and no part of the key.
         timeout: seconds to wait for the lock; None: without limit, 0: do not wait. At most 2147483, and anything
             above 0 is at least a millisecond.
         database: the database that all callers agreed upon; any other is refused at the acquire.
-        allow_session_pooler: the caller's word that the pooler in between is in session mode for this database.
+        allow_session_pooler: the caller's word that the pooler in between is in session mode for this database
+            (PostgreSQL).
 
     Returns:
         A lock that is not held yet: use it as a context manager, as a decorator, or through `Lock.acquire`.
@@ -101,7 +106,10 @@ class Lock:
         timeout: float | None,
         database: str | None,
         allow_session_pooler: bool,
+        keep_alive: bool = True,
     ) -> None:
+        # The arguments are those of `lock`, and one more: whether a thread keeps the held lock's connection alive where
+        # the server wants that. Otherwise the caller does, who calls `check` every `keep_alive_seconds`.
         if tenant is not None and not isinstance(tenant, str):
             raise TypeError(f"tenant must be a str or None, not {type(tenant).__name__}")
         if database is not None and not isinstance(database, str):
@@ -112,9 +120,9 @@ class Lock:
         self.tenant = tenant
         self._db = check_source(db)
         self._timeout = check_timeout(timeout)
-        self._database = database
-        self._allow_session_pooler = allow_session_pooler
-        self._names = LockNames.of(self.key, target=target, step=step, tenant=tenant)
+        self._conditions = Conditions(database, allow_session_pooler)
+        self._keep_alive = keep_alive
+        self._wish = Wish(self.key, target, step, tenant)
         # Held from the beginning of an acquire to the end of the release: a second entry finds it taken.
         self._entered = threading.Lock()
         self._handover = threading.Lock()
@@ -132,7 +140,30 @@ class Lock:
         silently still counts as held: see `release`, which asks.
         """
         held = self._held
-        return held is not None and held.by == os.getpid() and held.session.alive()
+        return held is not None and held.by == os.getpid() and not held.lost and held.session.alive()
+
+    @property
+    def keep_alive_seconds(self) -> float | None:
+        """How long the server lets the held lock's connection be silent; None: for ever, or the lock is not held."""
+        held = self._held
+        return None if held is None else held.session.engine.keep_alive_seconds
+
+    def check(self) -> None:
+        """Ask the server whether the lock is still held: before a part of the step that cannot be undone.
+
+        Raises:
+            LockNotHeld: it is not held by this object, or not by this process.
+            LockLost: it ended: the connection died, or somebody released it.
+        """
+        held = self._own_hold()
+        try:
+            if not held.lost and held.session.run(held.lock.check()):
+                return
+            why = "the server says that this session has it no more"
+        except DatabaseError as error:
+            why = str(error)
+        held.lost = held.lost or why
+        raise LockLost(f"{self._name} was lost while it was held: {held.lost}")
 
     def acquire(self, timeout: float | _Unset | None = _UNSET) -> bool:
         """Take the lock, and wait for it in the order of arrival.
@@ -161,18 +192,19 @@ class Lock:
                 beside another holder.
         """
         with self._handover:
-            held = self._held
-            if held is None or held.by != os.getpid():
-                raise LockNotHeld(f"{self._name} is not held by this {'process' if held else 'lock object'}")
+            held = self._own_hold()
             self._held = None
         try:
-            unlocked = held.session.run(protocol.release(self._names, held.granted))
+            if held.keeper is not None:
+                held.keeper.stop()  # or it could find the lock given back, and take that for a loss
+            unlocked = not held.lost and held.session.run(held.lock.release(held.granted))
         except DatabaseError as error:
             raise LockLost(f"{self._name} was lost while it was held: {error}") from error
         finally:
             self._leave(held.session)
         if not unlocked:
-            raise LockLost(f"{self._name} was lost while it was held: the server says that this session has it no more")
+            why = held.lost or "the server says that this session has it no more"
+            raise LockLost(f"{self._name} was lost while it was held: {why}")
 
     def fileno(self) -> int:
         """The descriptor of the held lock's socket: the server gives the lock back when its last copy is closed.
@@ -193,8 +225,10 @@ class Lock:
             if busy is None:
                 return self
         except BaseException:
-            # A signal's exception can arrive when the lock is held already and its body not yet begun.
-            if self._held is not held_before:
+            # A signal's exception can arrive when the lock is held already and its body not yet begun. What another
+            # thread has acquired meanwhile stays.
+            held = self._held
+            if held is not None and held is not held_before and held.by_thread == threading.get_ident():
                 self.release()
             raise
         waited = f"in {_seconds(self._timeout)}" if self._timeout else "without waiting"
@@ -205,7 +239,7 @@ class Lock:
     ) -> None:
         try:
             self.release()
-        except LockLost as lost:
+        except (LockLost, LockNotHeld) as lost:
             if error is None:
                 raise
             # The body's own error is the one to be seen; that the lock was lost too is said beside it.
@@ -244,11 +278,17 @@ class Lock:
             step=self.step,
             tenant=self.tenant,
             timeout=self._timeout,
-            database=self._database,
-            allow_session_pooler=self._allow_session_pooler,
+            database=self._conditions.database,
+            allow_session_pooler=self._conditions.allow_session_pooler,
         )
 
-    def _acquire(self, timeout: float | None) -> protocol.Busy | None:
+    def _own_hold(self) -> _Held:
+        held = self._held
+        if held is None or held.by != os.getpid():
+            raise LockNotHeld(f"{self._name} is not held by this {'process' if held else 'lock object'}")
+        return held
+
+    def _acquire(self, timeout: float | None) -> Busy | None:
         """Take the lock and return None, or return who is in the way."""
         if not self._entered.acquire(blocking=False):
             raise AlreadyHeld(
@@ -258,11 +298,15 @@ class Lock:
         kept = False
         try:
             session = connect(self._db)
-            outcome = self._take(session, timeout)
-            if isinstance(outcome, protocol.Busy):
+            lock = session.lock(self._wish)
+            session.run(lock.open(self._conditions))
+            outcome = session.run(lock.acquire(timeout, self._report), lambda: self._report_from_outside(lock))
+            if isinstance(outcome, Busy):
                 return outcome
             _held_locks.add(self)
-            self._held = _Held(session, outcome, os.getpid())
+            self._held = _Held(session, lock, outcome, os.getpid(), threading.get_ident())
+            if self._keep_alive and session.engine.keep_alive_seconds is not None:
+                self._held.keeper = KeepAlive(self._still_held, session.engine.keep_alive_seconds)
             kept = True
         except DatabaseError as error:
             raise DatabaseError(f"{self._name} not acquired: {error}", error.sqlstate) from error
@@ -278,48 +322,59 @@ class Lock:
         _held_locks.discard(self)
         self._entered.release()
 
-    def _take(self, session: Session, timeout: float | None) -> protocol.Granted | protocol.Busy:
-        slice_seconds = session.run(
-            protocol.open_session(
-                self._names,
-                server_version=session.server_version,
-                client_backend_pid=session.backend_pid,
-                database=self._database,
-                allow_session_pooler=self._allow_session_pooler,
-            )
-        )
-        return session.run(
-            protocol.acquire(self._names, timeout=timeout, slice_seconds=slice_seconds, report=self._report)
-        )
+    def _still_held(self) -> bool:
+        """What the keep-alive asks. A loss is said at once, and raised where the holder next asks or releases."""
+        try:
+            self.check()
+        except LockNotHeld:
+            return False
+        except LockLost as lost:
+            _log.error("%s", lost)
+            return False
+        return True
 
     def _report(self, look: Look) -> None:
         _log.info("waiting for %s: %s", self._name, self._in_the_way(look))
 
+    def _report_from_outside(self, lock: ServerLock) -> None:
+        """Report while the lock's own session waits inside one statement, so that another one must ask."""
+        try:
+            with closing(connect(self._db)) as another:
+                self._report(another.run(lock.look()))
+        except DatabaseError as error:
+            _log.info("waiting for %s; who is in the way cannot be asked: %s", self._name, error)
+
     def _in_the_way(self, look: Look) -> str:
         """Say who holds the lock since when, and how many wait ahead."""
         ahead = f"; {look.ahead} ahead" if look.ahead else ""
-        if look.pid is None:
+        if look.held is None:
+            return "holder not visible to this login" + ahead
+        if look.session is None:
             return ("held by a prepared transaction" if look.held else "nobody holds it at this moment") + ahead
-        said = label.parse(look.application_name or "")
-        details = [f"pid {look.pid}"]
+        said = label.parse(look.says or "")
+        details = [look.session]
         since = ""
         if said and said.may_name(self.target, self.step):
             since = f" since {_clock(said.time)}"
-        elif look.application_name:
-            details.append(f"application {label.printable(look.application_name)}")
+        elif look.application:
+            details.append(f"application {label.printable(look.application)}")
         if look.host:
-            details.append(f"host {look.host}")
+            details.append(f"host {label.printable(look.host)}")
         who = f"tenant {label.printable(said.tenant)} " if since and said and said.tenant else "a session "
         return f"held by {who}({', '.join(details)}){since}{ahead}"
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Held:
     """What an acquired lock needs to be given back, and the process that may do it."""
 
     session: Session
-    granted: protocol.Granted
+    lock: ServerLock
+    granted: Granted
     by: int
+    by_thread: int
+    keeper: KeepAlive | None = None
+    lost: str = ""  # why, once it is known
 
 
 def check_timeout(timeout: float | None) -> float | None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from collections.abc import Iterator
 
-import psycopg
 import pytest
 
 from dblock.demo.server import find_binaries, postgres_server
+from tests import backends
+from tests.backends import Backend, Postgres, SqlServer
 from tests.support import wait_until
 
 
@@ -34,12 +37,66 @@ def url() -> Iterator[str]:
             yield container.get_connection_url()
 
 
+@pytest.fixture(scope="session")
+def mssql_url() -> Iterator[str]:
+    """A SQL Server, or a server of the same protocol, in which the tests may do as they like.
+
+    The one in DBLOCK_TEST_MSSQL_URL, or a container where Docker runs. Otherwise what needs one is skipped.
+    """
+    given = os.environ.get("DBLOCK_TEST_MSSQL_URL")
+    if given:
+        yield given
+    elif _docker_runs():
+        from testcontainers.mssql import SqlServerContainer
+
+        with SqlServerContainer(_SQL_SERVER_IMAGE, dialect="mssql+pymssql") as container:
+            yield container.get_connection_url()
+    else:
+        pytest.skip(
+            "needs a SQL Server: set DBLOCK_TEST_MSSQL_URL=mssql+pymssql://user:password@host:1433/database, or start "
+            "Docker, and run make test again"
+        )
+
+
+_SQL_SERVER_IMAGE = os.environ.get("DBLOCK_TEST_MSSQL_IMAGE", "mcr.microsoft.com/mssql/server:2022-latest")
+
+
+def _docker_runs() -> bool:
+    if shutil.which("docker") is None:
+        return False
+    return subprocess.run(["docker", "info"], capture_output=True, check=False).returncode == 0
+
+
+@pytest.fixture
+def postgres(url: str) -> Iterator[Postgres]:
+    with backends.postgres(url) as backend:
+        _wait_for_no_locks(backend)
+        yield backend
+
+
+@pytest.fixture
+def mssql(mssql_url: str) -> Iterator[SqlServer]:
+    with backends.sql_server(mssql_url) as backend:
+        _wait_for_no_locks(backend)
+        yield backend
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """The server of the engine that the test's door or its parameter names."""
+    named = request.node.callspec.params
+    engine = named.get("engine") or next(value.engine for value in named.values() if hasattr(value, "engine"))
+    found: Backend = request.getfixturevalue(engine)
+    return found
+
+
 @pytest.fixture(autouse=True)
 def no_locks_of_an_earlier_test(request: pytest.FixtureRequest) -> None:
     """A closed connection's backend ends a moment later, and until then still shows its locks."""
     if "url" in request.fixturenames:
-        with psycopg.connect(request.getfixturevalue("url"), autocommit=True) as observer:
-            wait_until(
-                lambda: not observer.execute("SELECT FROM pg_locks WHERE locktype = 'advisory'").fetchall(),
-                "the advisory locks of an earlier test to be gone",
-            )
+        with backends.postgres(request.getfixturevalue("url")) as backend:
+            _wait_for_no_locks(backend)
+
+
+def _wait_for_no_locks(backend: Backend) -> None:
+    wait_until(lambda: not backend.all_rows(), "the locks of an earlier test to be gone")

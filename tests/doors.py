@@ -1,39 +1,43 @@
 """The doors to the lock, each as a real process that says "held", holds until its input ends, then says how it went.
 
-Four of them: Python, the command line, and the raw scripts through psql and through a driver that knows no backslash
-commands. One interface, so that the same table and the same races drive all of them.
+Four of them on each engine: Python, the command line, and the raw scripts through the engine's own client and through a
+driver that knows none of its client's commands. One interface, so that the same table and the same races drive all.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 SQL = Path(__file__).parent.parent / "sql" / "postgres"
+TSQL = Path(__file__).parent.parent / "sql" / "mssql"
 TIMEOUT_SECONDS = 60
 
-# The contract's table of outcomes: what each door says. Held and given back is "done".
+# The contract's table of outcomes: what each door says. Held and given back is "done". The last column is SQL Server's;
+# where the connection ends it is the client that says so, in its own way.
 OUTCOMES = {
-    "timeout": ("LockTimeout", 75, "55P03"),
-    "bad name or setting": ("ValueError", 64, "22023"),
-    "unsafe": ("UnsafeConnection", 77, "0A000"),
-    "already held": ("AlreadyHeld", 77, "55006"),
-    "cancelled": ("DatabaseError", 69, "57014"),
-    "terminated": ("DatabaseError", 69, "57P01"),
-    "unreachable": ("DatabaseError", 69, None),
-    "lost": ("LockLost", 76, None),
-    "not held": ("LockNotHeld", None, "55000"),
+    "timeout": ("LockTimeout", 75, "55P03", "51001"),
+    "bad name or setting": ("ValueError", 64, "22023", "51003"),
+    "unsafe": ("UnsafeConnection", 77, "0A000", "51005"),
+    "already held": ("AlreadyHeld", 77, "55006", "51006"),
+    "cancelled": ("DatabaseError", 69, "57014", None),
+    "terminated": ("DatabaseError", 69, "57P01", "connection ended"),
+    "unreachable": ("DatabaseError", 69, None, None),
+    "lost": ("LockLost", 76, None, None),
+    "not held": ("LockNotHeld", None, "55000", "51004"),
 }
 
 
@@ -66,6 +70,7 @@ class Attempt:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
+            start_new_session=True,
         )
 
     def held(self) -> bool:
@@ -79,16 +84,15 @@ class Attempt:
         assert self.process.stdout is not None
         self.process.stdin.close()
         self.process.stdout.read()
-        code = self.process.wait(TIMEOUT_SECONDS)
-        return "done" if code == 0 else self.door.said(code, self.stderr())
+        return self.door.said(self.process.wait(TIMEOUT_SECONDS), self.stderr())
 
     def stderr(self) -> str:
         self._stderr.seek(0)
         return self._stderr.read().decode(errors="replace")
 
     def kill(self) -> None:
-        """End the process as a crash would."""
-        self.process.kill()
+        """End the process, and those that a client was started in, as a crash would."""
+        os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(TIMEOUT_SECONDS)
 
     def __enter__(self) -> Self:
@@ -112,6 +116,7 @@ class Door:
     argv: Callable[[str, Wish], list[str]]
     said: Callable[[int, str], object]
     column: int  # of OUTCOMES
+    engine: str = "postgres"
 
     def attempt(self, url: str, wish: Wish, **environment: str) -> Attempt:
         return Attempt(self, self.argv(url, wish), {"DBLOCK_TEST_URL": url, "DBLOCK_URL": url, **environment})
@@ -121,7 +126,7 @@ class Door:
         return "done" if outcome == "done" else OUTCOMES[outcome][self.column]
 
     def __str__(self) -> str:
-        return self.name
+        return self.name if self.engine == "postgres" else f"{self.name} ({self.engine})"
 
 
 # --- Python -----------------------------------------------------------------------------------------------------------
@@ -144,7 +149,9 @@ def _python_argv(_url: str, wish: Wish) -> list[str]:
     return [sys.executable, "-c", _PYTHON, *("=" + (value or "") for value in values)]
 
 
-def _exception(_code: int, stderr: str) -> str:
+def _exception(code: int, stderr: str) -> str:
+    if code == 0:
+        return "done"
     return stderr.strip().splitlines()[-1].partition(":")[0]
 
 
@@ -156,7 +163,9 @@ def _command_argv(_url: str, wish: Wish) -> list[str]:
     return [sys.executable, "-m", "dblock", "run", *options, "--", "sh", "-c", "echo held; exec cat >/dev/null"]
 
 
-def _exit_code(code: int, stderr: str) -> int:
+def _exit_code(code: int, stderr: str) -> object:
+    if code == 0:
+        return "done"
     assert stderr.splitlines()[-1].startswith("dblock: "), stderr
     return code
 
@@ -198,9 +207,72 @@ def _driver_argv(_url: str, wish: Wish) -> list[str]:
     return [sys.executable, "-c", _DRIVER, set_wishes(wish), str(SQL / "acquire.sql"), str(SQL / "release.sql")]
 
 
-def _sqlstate(_code: int, stderr: str) -> str | None:
+def _sqlstate(code: int, stderr: str) -> str | None:
+    if code == 0:
+        return "done"
     match = re.search(r"(?:ERROR|FATAL):  ([0-9A-Z]{5}):", stderr)
     return match[1] if match else None
+
+
+# --- the scripts, on SQL Server ---------------------------------------------------------------------------------------
+
+
+def set_session_context(wish: Wish) -> str:
+    quoted = ((name, value.replace("'", "''")) for name, value in wish.settings().items())
+    return "\n".join(f"EXEC sys.sp_set_session_context N'dblock.{name}', N'{value}';" for name, value in quoted)
+
+
+# Reads batch after batch from a pipe, as sqlcmd does with -i: an error does not stop it.
+_FISQL = """
+{
+    printf '%s\\ngo\\n' "$1"; cat "$2"; printf "\\ngo\\nSELECT 'held'\\ngo\\n"
+    cat > /dev/null
+    cat "$3"; printf '\\ngo\\n'
+} |
+TDSVER=7.4 stdbuf -oL fisql -S "$4" -U "$5" -P "$6" -D "$7" -J UTF-8 -w 4000
+"""
+
+
+def _fisql_argv(url: str, wish: Wish) -> list[str]:
+    server = urlsplit(url)
+    return ["sh", "-c", _FISQL, "fisql", set_session_context(wish), str(TSQL / "acquire.sql"),
+            str(TSQL / "release.sql"), f"{server.hostname}:{server.port or 1433}", unquote(server.username or ""),
+            unquote(server.password or ""), server.path[1:]]  # fmt: skip
+
+
+_PYMSSQL = """
+import os, sys, pymssql
+from urllib.parse import unquote, urlsplit
+url = urlsplit(os.environ["DBLOCK_TEST_URL"])
+wishes, acquire, release = sys.argv[1], open(sys.argv[2]).read(), open(sys.argv[3]).read()
+connection = pymssql.connect(server=url.hostname, port=str(url.port or 1433), user=unquote(url.username or ""),
+                             password=unquote(url.password or ""), database=url.path[1:], autocommit=True)
+cursor = connection.cursor()
+try:
+    for batch in (wishes, acquire):
+        cursor.execute(batch)
+        while cursor.nextset():
+            pass
+    print("held", flush=True)
+    sys.stdin.read()
+    cursor.execute(release)
+except pymssql.Error as error:
+    sys.exit(str(error))
+"""
+
+
+def _pymssql_argv(_url: str, wish: Wish) -> list[str]:
+    return [sys.executable, "-c", _PYMSSQL, set_session_context(wish), str(TSQL / "acquire.sql"),
+            str(TSQL / "release.sql")]  # fmt: skip
+
+
+def _error_number(code: int, stderr: str) -> str | None:
+    # The number stands in the message: every RAISERROR with a text is a 50000.
+    if match := re.search(r"\b(51[0-9]{3}) dblock: ", stderr):
+        return match[1]
+    if re.search(r"not connected|connection|DBPROCESS is dead|EOF", stderr):
+        return "connection ended"
+    return "done" if code == 0 else None
 
 
 PYTHON = Door("python", _python_argv, _exception, 0)
@@ -208,3 +280,11 @@ COMMAND = Door("command", _command_argv, _exit_code, 1)
 PSQL = Door("psql", _psql_argv, _sqlstate, 2)
 DRIVER = Door("driver", _driver_argv, _sqlstate, 2)
 DOORS = (PYTHON, COMMAND, PSQL, DRIVER)
+
+PYTHON_MSSQL = replace(PYTHON, engine="mssql")
+COMMAND_MSSQL = replace(COMMAND, engine="mssql")
+FISQL = Door("fisql", _fisql_argv, _error_number, 3, "mssql")
+PYMSSQL = Door("pymssql", _pymssql_argv, _error_number, 3, "mssql")
+MSSQL_DOORS = (PYTHON_MSSQL, COMMAND_MSSQL, FISQL, PYMSSQL)
+
+ALL_DOORS = (*DOORS, *MSSQL_DOORS)

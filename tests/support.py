@@ -9,7 +9,7 @@ PATIENCE_SECONDS = 60  # a limit for what hangs; nothing that works comes near i
 _PAUSE_SECONDS = 0.01
 
 
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = PATIENCE_SECONDS) -> None:
+def wait_until(condition: Callable[[], object], what: str, seconds: float = PATIENCE_SECONDS) -> None:
     """Wait until the condition holds.
 
     Raises:

@@ -12,7 +12,6 @@ import re
 
 from dblock.lock import check_timeout
 
-_SECRETS = ("password", "sslpassword", "oauth_client_secret", "scram_client_key", "scram_server_key")
 _DURATION = re.compile(r"(?P<number>[0-9]{1,7}(?:\.[0-9]{1,3})?)(?P<unit>[smh]?)|(?P<milliseconds>[0-9]{1,10})ms")
 _UNIT_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
@@ -25,8 +24,8 @@ def add_connection(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which database, for `url`."""
     parser.add_argument(
         "--url",
-        help="the database as a PostgreSQL URL or conninfo string, without a password (default: DBLOCK_URL, which may "
-        "hold one)",
+        help="the database as a URL (postgresql://…, mssql+pymssql://…) or PostgreSQL conninfo string, without a "
+        "password (default: DBLOCK_URL, which may hold one)",
     )
     parser.add_argument("--database", metavar="NAME", help="the database it must be; any other is refused")
     parser.add_argument(
@@ -100,24 +99,16 @@ def duration(text: str | None) -> float | None:
     return check_timeout(float(match["number"]) * _UNIT_SECONDS[match["unit"]])
 
 
-def _refuse_secrets(conninfo: str) -> None:
-    try:
-        from psycopg import ProgrammingError
-        from psycopg.conninfo import conninfo_to_dict
-    except ImportError:
-        return  # nothing can be connected to either, and that error names the remedy
+def _refuse_secrets(found: str) -> None:
+    from dblock.connect import secret_in
 
     try:
-        # libpq itself reads it: no other reader knows all the places where it takes a password from.
-        settings = conninfo_to_dict(re.sub(r"^[A-Za-z+]*://", "postgresql://", conninfo))
-    except (ProgrammingError, UnicodeError):
+        secret = secret_in(found)
+    except ValueError as error:
+        raise UsageError(f"--url: {error}") from None
+    if secret:
         raise UsageError(
-            "--url cannot be read as a PostgreSQL URL or conninfo string (it is not shown, as it may hold a password)"
-        ) from None
-    secrets = [name for name in _SECRETS if settings.get(name)]
-    if secrets:
-        raise UsageError(
-            f"--url holds a {secrets[0]}, which everybody on this machine can read in the list of processes: change "
-            f"it, and put the URL into DBLOCK_URL, or the password into a password file (passfile=, ~/.pgpass) or a "
-            f"service file (service=)"
+            f"--url holds a {secret}, which everybody on this machine can read in the list of processes: change "
+            f"it, and put the URL into DBLOCK_URL, or, for PostgreSQL, the password into a password file (passfile=, "
+            f"~/.pgpass) or a service file (service=)"
         )

@@ -12,15 +12,19 @@ import os
 import selectors
 import signal
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from dblock.cli.messages import say
 from dblock.cli.watcher import Watcher
+from dblock.errors import LockLost
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from dblock.lock import Lock
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -144,7 +148,7 @@ class _Terminal:
         return True
 
 
-def run(command: Sequence[str], environment: Mapping[str, str], signals: Signals, watcher: Watcher) -> int:
+def run(command: Sequence[str], environment: Mapping[str, str], signals: Signals, watcher: Watcher, lock: Lock) -> int:
     """Run a command in a process group of its own, to its end.
 
     Args:
@@ -152,6 +156,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], signals: Signals
         environment: all of its environment.
         signals: are forwarded to the whole group.
         watcher: is told the group before the command runs.
+        lock: is held, and kept alive meanwhile.
 
     Returns:
         Its exit code; where a signal ended it, the signal's number below 0.
@@ -166,7 +171,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], signals: Signals
             raise Interrupted(number)
     process = _start(command, environment, signals, watcher, terminal)
     try:
-        _see_to_its_end(process, signals, watcher, terminal)
+        _see_to_its_end(process, signals, watcher, terminal, lock)
     finally:
         if process.returncode is None:
             # Whatever went wrong here: the lock is given back next, so the command must not run on.
@@ -206,12 +211,19 @@ def _start(
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _see_to_its_end(process: subprocess.Popen[bytes], signals: Signals, watcher: Watcher, terminal: _Terminal) -> None:
+def _see_to_its_end(
+    process: subprocess.Popen[bytes], signals: Signals, watcher: Watcher, terminal: _Terminal, lock: Lock
+) -> None:
+    pause = lock.keep_alive_seconds
+    next_check = None if pause is None else time.monotonic() + pause
     with selectors.DefaultSelector() as selector:
         selector.register(signals, selectors.EVENT_READ)
         selector.register(watcher, selectors.EVENT_READ)
         while process.returncode is None:
-            ready = [key.fileobj for key, _ in selector.select()]
+            nap = None if next_check is None else max(0.0, next_check - time.monotonic())
+            ready = [key.fileobj for key, _ in selector.select(nap)]
+            if pause is not None and next_check is not None and time.monotonic() >= next_check:
+                next_check = time.monotonic() + pause if _is_still_held(lock) else None
             if watcher in ready:
                 say("the watcher process was ended: killed now, this would free the lock while the command runs on")
                 selector.unregister(watcher)
@@ -220,6 +232,16 @@ def _see_to_its_end(process: subprocess.Popen[bytes], signals: Signals, watcher:
                     _ask_after(process, terminal)
                 elif process.returncode is None:
                     _forward(number, process.pid)
+
+
+def _is_still_held(lock: Lock) -> bool:
+    """Keep the lock's connection alive. A loss is said now, and decides the exit code at the release."""
+    try:
+        lock.check()
+    except LockLost as lost:
+        say(str(lost))
+        return False
+    return True
 
 
 def _ask_after(process: subprocess.Popen[bytes], terminal: _Terminal) -> None:

@@ -81,7 +81,7 @@ def handle(args: argparse.Namespace) -> int:
         raise options.UsageError("no command: write it after -- (see dblock run --help)")
     url = options.url(args)
     tenant = options.value(args, "tenant")
-    lock = dblock.lock(
+    lock = dblock.Lock(
         url,
         target=options.required(args, "target"),
         step=options.required(args, "step"),
@@ -89,6 +89,7 @@ def handle(args: argparse.Namespace) -> int:
         timeout=options.duration(options.value(args, "timeout")),
         database=options.value(args, "database"),
         allow_session_pooler=args.allow_session_pooler,
+        keep_alive=False,  # the loop that waits for the command does that: no thread lives where it is forked off
     )
     _log_to_stderr()
     code: int | None = None
@@ -98,7 +99,7 @@ def handle(args: argparse.Namespace) -> int:
                 signals.interrupting = False
                 with Watcher(lock.fileno()) as watcher:
                     environment = _environment(lock, tenant, url if args.pass_url else None)
-                    code = process.run(args.command, environment, signals, watcher)
+                    code = process.run(args.command, environment, signals, watcher, lock)
                 # What hangs now is the giving back, and it may be left to the end of the connection.
                 signals.interrupting = True
         except dblock.LockLost as lost:

@@ -24,8 +24,8 @@ def add(commands: Any) -> None:
     )
     parser.add_argument(
         "--url",
-        help="the database as a PostgreSQL URL or conninfo string, without a password (default: DBLOCK_URL, which may "
-        "hold one)",
+        help="the database as a URL (postgresql://…, mssql+pymssql://…) or PostgreSQL conninfo string, without a "
+        "password (default: DBLOCK_URL, which may hold one)",
     )
     parser.add_argument("--database", metavar="NAME", help="the database it must be; any other is refused")
     parser.add_argument("--json", action="store_true", help="as a list of objects, one for each holder and waiter")

@@ -156,9 +156,10 @@ BEGIN
         believed := false;
         held := '[]';
     END IF;
-    -- PgBouncer does not carry an empty name: clients without one find the last client's name on the backend. ('dblock' is
-    -- the name that a failure below gives to such a client.)
-    explained := believed AND COALESCE(held #>> '{0,before}', 'none held') NOT IN ('', 'dblock');
+    -- A name with which the connection itself began is no other client's: PgBouncer begins its connections without one, and
+    -- gives them a client's name later, unless that client has none, who then finds the last client's on the backend.
+    explained := believed AND (held = '[]' OR held #>> '{0,before}' <> '' AND held #>> '{0,before}' = (
+                     SELECT s.reset_val FROM pg_catalog.pg_settings AS s WHERE s.name = 'application_name'));
 
     -- A cancel can hit between two statements of this block, where nothing catches it. Until the lock is held the session
     -- is therefore kept such that it ends as soon as it is idle, finds no table and writes nothing before it does. Not

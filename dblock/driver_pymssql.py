@@ -1,0 +1,283 @@
+"""Sessions on SQL Server through pymssql: opened from a URL, or adopted from a callable's result.
+
+Imported only when such a connection is wanted: whoever uses dblock without SQL Server needs no pymssql.
+
+The driver blocks inside its C library, where no signal is seen and no time of ours runs out. Its one opening is a wait
+callback, which is called with the socket before the driver reads the server's reply; the waiting is done there. That
+callback is one for the process, so it is put in place only while a message of dblock's is under way, looks only after
+the thread that sends it, and passes everybody else on to whatever callback stood there before.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import selectors
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from dblock.errors import DatabaseError, UnsafeConnection
+from dblock.mssql import ENGINE, AppLock
+from dblock.protocol import REPORT_SECONDS, Row, ServerLock, Wait, WaitOver, Wish
+from dblock.session import Session, hide_password, import_driver, one_line
+
+if TYPE_CHECKING:
+    import pymssql
+
+# What may stand behind the ? of a URL, as pymssql.connect names it. Not `timeout`: it is one for the whole process, and
+# would end a wait for a lock by closing the connection.
+_OPTIONS = ("appname", "encryption", "login_timeout", "tds_version")
+
+# How long after the deadline the server's own word is waited for: it ends the wait in good order, and says so.
+_SERVER_GRACE_SECONDS = 0.02
+
+# Windows wakes nobody who waits for a socket when a signal arrives.
+_LONGEST_NAP_SECONDS = 0.05 if os.name == "nt" else None
+
+
+class PymssqlSession(Session):
+    """A pymssql connection in autocommit."""
+
+    engine = ENGINE
+
+    def __init__(self, connection: pymssql.Connection) -> None:
+        super().__init__()
+        self._connection = connection
+        self._closed = False
+        self._socket: int | None = None
+
+    def lock(self, wish: Wish) -> ServerLock:
+        return AppLock(wish)
+
+    def rows(self, text: str) -> list[Row]:
+        return self._send(text, lambda socket: _wait_for_reply(socket, None, None))
+
+    def wait(self, message: Wait, meanwhile: Callable[[], None] | None) -> list[Row]:
+        return self._send(message.text, lambda socket: _wait_for_reply(socket, message.deadline, meanwhile))
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def fileno(self) -> int:
+        if self._socket is None or self._closed:
+            raise OSError("no message was sent on this connection, or it is closed")
+        return self._socket
+
+    def close(self) -> None:
+        self._closed = True
+        # This runs while errors are on their way.
+        with suppress(Exception):
+            self._connection.close()
+
+    def _send(self, text: str, wait: Callable[[int], None]) -> list[Row]:
+        import pymssql
+
+        if self._closed:
+            raise DatabaseError("the connection is closed")
+
+        def wait_for_reply(socket: int) -> None:
+            self._socket = socket
+            wait(socket)
+
+        try:
+            with _waiting(wait_for_reply), self._connection.cursor() as cursor:
+                cursor.execute(text)
+                found: list[Row] = []
+                while True:
+                    if cursor.description:
+                        found = cursor.fetchall()
+                    if not cursor.nextset():
+                        return found
+        except pymssql.Error as error:
+            # Whether the session still stands and what it holds is more than the driver knows.
+            self.close()
+            raise translate(error) from error
+        except BaseException:
+            # The wait was left while the server may be about to grant: what it grants must end with the connection.
+            self.close()
+            raise
+
+
+def connect(url: str) -> Session:
+    """Open a connection.
+
+    Args:
+        url: ``mssql+pymssql://user:password@host:1433/database``, or ``mssql://…``.
+
+    Raises:
+        DatabaseError: the database cannot be reached, or pymssql is missing.
+        ValueError: the URL cannot be read.
+    """
+    arguments = _arguments(url)
+    import_driver("pymssql", "mssql")
+    import pymssql
+
+    try:
+        connection = pymssql.connect(**arguments, autocommit=True)
+    except pymssql.Error as error:
+        text = hide_password(_message(error), arguments.get("password"))
+        raise DatabaseError(f"cannot connect to the database: {text}") from None
+    return PymssqlSession(connection)
+
+
+def adopt(connection: pymssql.Connection) -> Session:
+    """Take over a new connection which a callable has opened.
+
+    Raises:
+        UnsafeConnection: it is closed.
+        DatabaseError: it failed.
+    """
+    import pymssql
+
+    if not getattr(connection._conn, "connected", False):
+        raise UnsafeConnection("the callable returned a closed connection; it must return a new one each time")
+    try:
+        # Ends the transaction that pymssql begins unasked; a new connection has done nothing in it.
+        connection.autocommit(True)
+    except pymssql.Error as error:
+        raise DatabaseError(f"the callable's connection failed: {_message(error)}") from error
+    return PymssqlSession(connection)
+
+
+def translate(error: BaseException) -> DatabaseError:
+    """What one of pymssql's errors says, as dblock's own."""
+    return DatabaseError(_message(error))
+
+
+def secret_in(url: str) -> str | None:
+    """The name of a secret that the URL holds, or None.
+
+    Raises:
+        ValueError: it cannot be read. The message does not show it.
+    """
+    return "password" if _arguments(url).get("password") else None
+
+
+# --- waiting ----------------------------------------------------------------------------------------------------------
+
+_under_way = threading.local()  # .wait: what this thread's message of dblock's does while it waits
+_installing = threading.Lock()
+_messages_under_way = 0
+_callback_before: Callable[[int], object] | None = None
+
+
+@contextmanager
+def _waiting(wait: Callable[[int], None]) -> Iterator[None]:
+    """Let pymssql wait for replies to this thread's messages by the given function, as long as the block lasts."""
+    outer = getattr(_under_way, "wait", None)
+    _install()
+    try:
+        _under_way.wait = wait
+        yield
+    finally:
+        _under_way.wait = outer
+        _uninstall()
+
+
+def _install() -> None:
+    global _messages_under_way, _callback_before  # noqa: PLW0603 - the driver's callback is one for the process
+    from pymssql import _mssql
+
+    with _installing:
+        _messages_under_way += 1
+        if _messages_under_way == 1:
+            _callback_before = _mssql.wait_callback
+            _mssql.set_wait_callback(_callback)
+
+
+def _uninstall() -> None:
+    global _messages_under_way, _callback_before  # noqa: PLW0603
+    from pymssql import _mssql
+
+    with _installing:
+        _messages_under_way -= 1
+        # Somebody else may have set another one meanwhile: that one stays.
+        if _messages_under_way == 0 and _mssql.wait_callback is _callback:
+            _mssql.set_wait_callback(_callback_before)
+            _callback_before = None
+
+
+def _callback(socket: int) -> None:
+    wait = getattr(_under_way, "wait", None) or _callback_before
+    if wait is not None:
+        wait(socket)
+
+
+def _wait_for_reply(socket: int, deadline: float | None, meanwhile: Callable[[], None] | None) -> None:
+    """Return when the server's reply arrives. Whatever is raised here, a signal's exception too, ends the wait.
+
+    Raises:
+        WaitOver: the deadline has passed, and the server did not say so itself.
+    """
+    give_up = None if deadline is None else deadline + _SERVER_GRACE_SECONDS
+    next_report = time.monotonic() + REPORT_SECONDS if meanwhile else None
+    with selectors.DefaultSelector() as selector:
+        selector.register(socket, selectors.EVENT_READ)
+        while not selector.select(_nap(give_up, next_report)):
+            now = time.monotonic()
+            if give_up is not None and now >= give_up:
+                raise WaitOver("the server did not end the wait in time")
+            if meanwhile and next_report is not None and now >= next_report:
+                next_report = now + REPORT_SECONDS
+                meanwhile()
+
+
+def _nap(*moments: float | None) -> float | None:
+    """Seconds until the earliest of the moments, or None where there is none."""
+    naps = [max(0.0, moment - time.monotonic()) for moment in moments if moment is not None]
+    if _LONGEST_NAP_SECONDS is not None:
+        naps.append(_LONGEST_NAP_SECONDS)
+    return min(naps, default=None)
+
+
+# --- the URL, and errors ----------------------------------------------------------------------------------------------
+
+
+def _arguments(url: str) -> dict[str, Any]:
+    """The URL as arguments of ``pymssql.connect``. Nothing of it is shown, as it may hold a password."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+        options = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
+    except ValueError:
+        host, port, options = None, None, []
+    if not host or parts.fragment:
+        raise ValueError(
+            "db cannot be read as a SQL Server URL (it is not shown, as it may hold a password): write "
+            "mssql+pymssql://user:password@host:1433/database, and percent-encode / : @ ? # % in user and password"
+        )
+    arguments: dict[str, Any] = {"server": unquote(host), "appname": "dblock"}
+    if port is not None:
+        arguments["port"] = str(port)
+    for name, value in (("user", parts.username), ("password", parts.password), ("database", parts.path[1:])):
+        if value:
+            arguments[name] = unquote(value)
+    for name, value in options:
+        if name not in _OPTIONS:
+            raise ValueError(
+                f"db holds an option behind its ? that is none of {', '.join(_OPTIONS)} (it is not shown, as it may be "
+                f"a part of a password)"
+            )
+        arguments[name] = value
+    return arguments
+
+
+def _message(error: BaseException) -> str:
+    """The server's message, or the driver's where the server said nothing."""
+    parts = [part.decode(errors="replace") if isinstance(part, bytes) else part for part in _flat(error.args)]
+    text = "".join(part for part in parts if isinstance(part, str))
+    said, _, _ = text.partition("DB-Lib error message 20018")  # "General SQL Server error: Check messages"
+    return one_line(re.sub(r"DB-Lib error message \d+, severity \d+:", "", said or text)) or type(error).__name__
+
+
+def _flat(values: tuple[Any, ...]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, tuple):
+            yield from _flat(value)
+        else:
+            yield value
