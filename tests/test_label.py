@@ -12,6 +12,7 @@ import psycopg
 import pytest
 
 import dblock
+from dblock import protocol
 from dblock.label import Label, fields, parse, printable
 from dblock.postgres import LockNames
 from tests.doors import SQL, Wish, set_wishes
@@ -225,7 +226,7 @@ def test_acquire_sql_sets_the_same_label(url: str) -> None:
 
         for _ in range(200):
             tenant, target, step = any_names(random)
-            names = LockNames.of(dblock.key(target, step), target=target, step=step, tenant=tenant)
+            names = LockNames.of(protocol.Wish(dblock.key(target, step), target, step, tenant))
             run(observer, f"SELECT pg_advisory_lock({names.key})")
             run(connection, set_wishes(Wish(target=target, step=step, tenant=tenant)))
             thread = threading.Thread(target=run, args=(connection, ACQUIRE))

@@ -22,11 +22,10 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 import dblock
-from dblock import protocol
 from dblock.connect import connect
 from dblock.demo.server import Server, postgres_server
 from dblock.lock import check_timeout
-from dblock.postgres import LockNames
+from dblock.protocol import Granted, Wish
 from tests.support import wait_until
 
 KEY = dblock.key("web-01", "b")
@@ -931,16 +930,16 @@ def messages(server: Server, pid: int) -> int:
 
 
 def test_an_uncontended_lock_costs_two_round_trips(server: Server) -> None:
-    names = LockNames.of(KEY, target="web-01", step="b", tenant="T1")
     session = connect(server.url)
     try:
-        assert session.rows("SELECT 'marker'") == [("marker",)]
-        before = messages(server, session.backend_pid)
-        granted = session.run(protocol.acquire(names, timeout=600, slice_seconds=0.9, report=print))
-        assert isinstance(granted, protocol.Granted)
-        assert messages(server, session.backend_pid) == before + 1
-        assert session.run(protocol.release(names, granted)) is True
-        assert messages(server, session.backend_pid) == before + 2
+        advisory_lock = session.lock(Wish(KEY, "web-01", "b", "T1"))
+        ((pid,),) = session.rows("SELECT pg_backend_pid()")
+        before = messages(server, pid)
+        granted = session.run(advisory_lock.acquire(600, print))
+        assert isinstance(granted, Granted)
+        assert messages(server, pid) == before + 1
+        assert session.run(advisory_lock.release(granted)) is True
+        assert messages(server, pid) == before + 2
         assert before == 1
     finally:
         session.close()

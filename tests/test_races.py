@@ -17,13 +17,11 @@ import psycopg
 import pytest
 
 import dblock
-from dblock import protocol
-from dblock.connect import Session
-from dblock.postgres import LockNames
+from dblock.driver_psycopg import PsycopgSession
+from dblock.protocol import Conditions, Granted, Wish
 from tests.support import wait_until
 
 KEY = dblock.key("web-01", "b")
-NAMES = LockNames.of(KEY, target="web-01", step="b", tenant="T1")
 TIMEOUT_SECONDS = 0.008
 LEAST_SHARE = 0.05  # of the tries that each outcome must have
 pytestmark = pytest.mark.timeout(300)  # thousands of tries, on machines that may be slow
@@ -52,28 +50,19 @@ class OneSession:
 
     def __init__(self, url: str) -> None:
         self.connection = psycopg.connect(url, autocommit=True, prepare_threshold=None)
-        self._session = Session(self.connection)
-        self._slice_seconds = self._session.run(
-            protocol.open_session(
-                NAMES,
-                server_version=self._session.server_version,
-                client_backend_pid=self._session.backend_pid,
-                database=None,
-                allow_session_pooler=False,
-            )
-        )
-        self._granted: protocol.Granted | None = None
+        self._session = PsycopgSession(self.connection)
+        self._lock = self._session.lock(Wish(KEY, "web-01", "b", "T1"))
+        self._session.run(self._lock.open(Conditions()))
+        self._granted: Granted | None = None
 
     def acquire(self, timeout: float | None) -> bool:
-        outcome = self._session.run(
-            protocol.acquire(NAMES, timeout=timeout, slice_seconds=self._slice_seconds, report=lambda _: None)
-        )
-        self._granted = outcome if isinstance(outcome, protocol.Granted) else None
+        outcome = self._session.run(self._lock.acquire(timeout, lambda _: None))
+        self._granted = outcome if isinstance(outcome, Granted) else None
         return self._granted is not None
 
     def release(self) -> None:
         assert self._granted
-        assert self._session.run(protocol.release(NAMES, self._granted)) is True
+        assert self._session.run(self._lock.release(self._granted)) is True
 
     def close(self) -> None:
         self._session.close()
