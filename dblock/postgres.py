@@ -282,7 +282,8 @@ def _undo(lock: LockNames, application_name: str) -> str:
     """Give back whatever there is of this lock and its queue, and the session its old name."""
     return f"""
         {_give_back(lock)};
-        SELECT set_config('application_name', {_quote(application_name)}, false)
+        SELECT set_config('application_name', {_quote(application_name)}, false),
+               set_config('idle_session_timeout', '0', false)
     """
 
 
