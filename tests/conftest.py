@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -100,3 +101,10 @@ def no_locks_of_an_earlier_test(request: pytest.FixtureRequest) -> None:
 
 def _wait_for_no_locks(backend: Backend) -> None:
     wait_until(lambda: not backend.all_rows(), "the locks of an earlier test to be gone")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what was skipped, one line for each reason."""
+    reasons = Counter(report.longrepr[2] for report in terminalreporter.getreports("skipped"))
+    for reason, number in reasons.items():
+        terminalreporter.write_line(f"{number} tests: {reason}")
