@@ -63,13 +63,9 @@ class Backend(ABC):
     def holding(self, label: str) -> Row:
         return Row("key", 0, "ExclusiveLock", True, label)
 
+    @abstractmethod
     def holders(self) -> list[int]:
         """The sessions that hold the lock itself."""
-        return [session for row, session in self.all_rows() if row.space == "key" and row.granted and _holds(row.label)]
-
-
-def _holds(label: str) -> bool:
-    return label.startswith("dblock1 T")
 
 
 def _timeless(label: str) -> str:
@@ -117,6 +113,14 @@ class Postgres(Backend):
             Row("queue", 1, "ExclusiveLock", True, label),
         ]
 
+    def holders(self) -> list[int]:
+        # A waiter has the lock for a moment within its transaction, still labelled as one who waits.
+        return [
+            session
+            for row, session in self.all_rows()
+            if row.space == "key" and row.granted and row.label.startswith("dblock1 T")
+        ]
+
     def waiters(self) -> list[int]:
         tickets = (
             (row.number, session)
@@ -157,13 +161,13 @@ class SqlServer(Backend):
 
     def all_rows(self) -> list[tuple[Row, int]]:
         if self.is_babelfish:
-            # An exclusive application lock is an advisory lock whose fourth number is 2; waiters come by waitstart.
+            # An exclusive application lock is an advisory lock whose fourth number is 2. The view of sessions misses
+            # some while others end.
             found = self.query(
                 """
-                SELECT l.mode, l.granted, s.context_info, l.pid
-                FROM pg_catalog.pg_locks AS l JOIN sys.dm_exec_sessions AS s ON s.session_id = l.pid
+                SELECT l.mode, l.granted, s.context_info, l.pid, l.waitstart
+                FROM pg_catalog.pg_locks AS l LEFT JOIN sys.dm_exec_sessions AS s ON s.session_id = l.pid
                 WHERE l.locktype = 'advisory' AND l.objsubid = 2
-                ORDER BY l.granted DESC, l.waitstart
                 """
             )
         else:
@@ -171,19 +175,21 @@ class SqlServer(Backend):
                 """
                 SELECT CASE l.request_mode WHEN 'X' THEN 'ExclusiveLock' ELSE l.request_mode END,
                        CASE l.request_status WHEN 'GRANT' THEN 1 ELSE 0 END,
-                       COALESCE(r.context_info, s.context_info), l.request_session_id
+                       COALESCE(r.context_info, s.context_info), l.request_session_id, -t.wait_duration_ms
                 FROM sys.dm_tran_locks AS l
                 JOIN sys.dm_exec_sessions AS s ON s.session_id = l.request_session_id
                 LEFT JOIN sys.dm_exec_requests AS r ON r.session_id = l.request_session_id
                 LEFT JOIN sys.dm_os_waiting_tasks AS t
                   ON t.session_id = l.request_session_id AND t.resource_address = l.lock_owner_address
                 WHERE l.resource_type = 'APPLICATION' AND l.resource_database_id = DB_ID()
-                ORDER BY 2 DESC, t.wait_duration_ms DESC
                 """
             )
+        # Of one who has just begun to wait it is not known at once since when: not yet seen.
+        granted = [row for row in found if row[1]]
+        waiting = sorted((row for row in found if not row[1] and row[4] is not None), key=lambda row: row[4])
         return [
-            (Row("key", 0, mode, bool(granted), _timeless(bytes(label or b"").rstrip(b"\0").decode())), session)
-            for mode, granted, label, session in found
+            (Row("key", 0, mode, bool(held), _timeless(bytes(label or b"").rstrip(b"\0").decode())), session)
+            for mode, held, label, session, _ in granted + waiting
         ]
 
     def rows(self, wish: Wish) -> list[Row]:
@@ -201,6 +207,9 @@ class SqlServer(Backend):
 
     def waiting(self, label: str) -> list[Row]:
         return [Row("key", 0, "ExclusiveLock", False, label)]
+
+    def holders(self) -> list[int]:
+        return [session for row, session in self.all_rows() if row.granted]
 
     def waiters(self) -> list[int]:
         return [session for row, session in self.all_rows() if not row.granted]

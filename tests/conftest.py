@@ -50,8 +50,11 @@ def mssql_url() -> Iterator[str]:
     elif _docker_runs():
         from testcontainers.mssql import SqlServerContainer
 
-        with SqlServerContainer(_SQL_SERVER_IMAGE, dialect="mssql+pymssql") as container:
-            yield container.get_connection_url()
+        with SqlServerContainer(_SQL_SERVER_IMAGE, dialect="mssql+pymssql", dbname="master") as container:
+            master = container.get_connection_url()
+            with backends.sql_server(master) as backend:
+                backend.query("CREATE DATABASE shared")
+            yield master.removesuffix("master") + "shared"
     else:
         pytest.skip(
             "needs a SQL Server: set DBLOCK_TEST_MSSQL_URL=mssql+pymssql://user:password@host:1433/database, or start "
@@ -80,6 +83,16 @@ def mssql(mssql_url: str) -> Iterator[SqlServer]:
     with backends.sql_server(mssql_url) as backend:
         _wait_for_no_locks(backend)
         yield backend
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that need a SQL Server, for -m."""
+    for item in items:
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if {"mssql", "mssql_url"} & set(getattr(item, "fixturenames", ())) or any(
+            value == "mssql" or getattr(value, "engine", None) == "mssql" for value in parameters
+        ):
+            item.add_marker("mssql")
 
 
 @pytest.fixture

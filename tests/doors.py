@@ -74,9 +74,10 @@ class Attempt:
         )
 
     def held(self) -> bool:
-        """Wait until the lock is held (True), or the process has ended without it (False)."""
+        """Wait until the lock is held (True), or the client has said or shown by its end that it is not (False)."""
         assert self.process.stdout is not None
-        return any(line.strip() == b"held" for line in self.process.stdout)
+        said = (line.strip() for line in self.process.stdout)
+        return next((line for line in said if line in (b"held", b"refused")), b"") == b"held"
 
     def finish(self) -> object:
         """Let the holder release and end. Returns "done", or what the door said: compare it with ``Door.says``."""
@@ -218,18 +219,26 @@ def _sqlstate(code: int, stderr: str) -> str | None:
 
 
 def set_session_context(wish: Wish) -> str:
-    quoted = ((name, value.replace("'", "''")) for name, value in wish.settings().items())
-    return "\n".join(f"EXEC sys.sp_set_session_context N'dblock.{name}', N'{value}';" for name, value in quoted)
+    """Set the wishes as texts; control characters by their numbers, since fisql swallows some that it reads."""
+
+    def text(value: str) -> str:
+        pieces = re.split(r"([\x00-\x1f\x7f])", value.replace("'", "''"))
+        return " + ".join(f"N'{piece}'" if i % 2 == 0 else f"NCHAR({ord(piece)})" for i, piece in enumerate(pieces))
+
+    return "\n".join(
+        f"DECLARE @{name} nvarchar(4000) = {text(value)}; EXEC sys.sp_set_session_context N'dblock.{name}', @{name};"
+        for name, value in wish.settings().items()
+    )
 
 
-# Reads batch after batch from a pipe, as sqlcmd does with -i: an error does not stop it.
+# Reads batch after batch from a pipe, as sqlcmd does with -i: an error does not stop it, so it is pointed out.
 _FISQL = """
 {
-    printf '%s\\ngo\\n' "$1"; cat "$2"; printf "\\ngo\\nSELECT 'held'\\ngo\\n"
+    printf '%s\\ngo\\n' "$1"; cat "$2"; printf "\\ngo\\nSELECT CAST('held' AS varchar(4))\\ngo\\n"
     cat > /dev/null
     cat "$3"; printf '\\ngo\\n'
-} |
-TDSVER=7.4 stdbuf -oL fisql -S "$4" -U "$5" -P "$6" -D "$7" -J UTF-8 -w 4000
+} | LC_ALL=C.UTF-8 TDSVER=7.4 stdbuf -oL fisql -S "$4" -U "$5" -P "$6" -D "$7" 2>&1 | tee /dev/stderr |
+sed -un 's/^held *$/held/p; s/.*\\b51[0-9]* dblock: .*/refused/p; s/.*INT_EXIT.*/refused/p'
 """
 
 
@@ -270,7 +279,7 @@ def _error_number(code: int, stderr: str) -> str | None:
     # The number stands in the message: every RAISERROR with a text is a 50000.
     if match := re.search(r"\b(51[0-9]{3}) dblock: ", stderr):
         return match[1]
-    if re.search(r"not connected|connection|DBPROCESS is dead|EOF", stderr):
+    if re.search(r"not connected|connection|DBPROCESS is dead|EOF|INT_EXIT", stderr):
         return "connection ended"
     return "done" if code == 0 else None
 

@@ -1,0 +1,146 @@
+/*
+dblock release, for SQL Server 2016 and later, and Azure SQL
+
+Gives back the lock that acquire.sql took last in this session, and the session its context_info. Locks that were taken one
+after the other are given back in reverse, one with each run.
+
+Needs       the session of acquire.sql, in autocommit: the work must be committed before the lock is given back, since the next
+            holder would not see it otherwise. An error in the step does no harm, nor does USE: the lock is given back in the
+            database in which it was taken.
+
+Use         after the step, in the same way as acquire.sql, whose header shows it for each tool. One batch.
+
+After an acquire.sql that failed it opens the session again. It gives back nothing then, since each acquire.sql has its own
+release.sql, and the locks that were taken before that one are still needed.
+
+If it fails it raises error 50000 (severity 16, state as below), whose message begins with one of these:
+    51004   4   there is no lock to give back: acquire.sql failed or was cut off; or this session holds no lock of
+                acquire.sql; or the lock was given back by somebody else. After the cut off one: what the session ran since
+                ran WITHOUT the lock, for all that it could know
+    51005   5   inside a transaction; the lock is still held
+    51007   7   the server refused the call; the lock is held until the session ends
+*/
+SET NOEXEC OFF;
+SET PARSEONLY OFF;
+
+DECLARE
+    -- Written by acquire.sql, whose DECLARE describes them.
+    @dblock_release_held      varchar(8000),
+    @dblock_release_waiting   varchar(8000),
+    @dblock_release_failed    int,
+
+    @dblock_release_entry     varchar(8000),
+    @dblock_release_place     int,
+    @dblock_release_next      int,
+    @dblock_release_database  int,
+    @dblock_release_resource  nvarchar(255),
+    @dblock_release_sql       nvarchar(4000),
+    @dblock_release_there     nvarchar(300),
+    @dblock_release_before    varbinary(128),
+    @dblock_release_result    int,
+
+    @dblock_release_failure   nvarchar(2000),
+    @dblock_release_error     int,
+    @dblock_release_state     int;
+
+BEGIN TRY
+    SELECT
+        @dblock_release_held    = ISNULL(CAST(SESSION_CONTEXT(N'dblock.held')    AS varchar(8000)), ''),
+        @dblock_release_waiting = ISNULL(CAST(SESSION_CONTEXT(N'dblock.waiting') AS varchar(8000)), ''),
+        @dblock_release_failed  = ISNULL(TRY_CAST(CAST(SESSION_CONTEXT(N'dblock.failed') AS nvarchar(20)) AS int), 0),
+        @dblock_release_entry   = '';
+
+    IF @dblock_release_failed > 0
+    BEGIN
+        SET @dblock_release_error = 51004;
+        SET @dblock_release_failure = CASE
+            WHEN @dblock_release_waiting <> ''
+                THEN N'acquire.sql was cut off in the middle (a command timeout, a cancel): what this session ran since ran'
+                   + N' WITHOUT the lock'
+            ELSE N'acquire.sql failed, so there is no lock to give back' END
+            + CASE WHEN @dblock_release_failed > 1
+                   THEN N'. The session stays closed, since another acquire.sql failed too: run release.sql for that one'
+                   ELSE N'. The session is open again' END;
+        SET @dblock_release_failed = @dblock_release_failed - 1;
+        EXEC sys.sp_set_session_context N'dblock.failed', @dblock_release_failed;
+        -- A cancel may have met the grant.
+        SET @dblock_release_entry = @dblock_release_waiting;
+    END;
+    ELSE IF @dblock_release_held = ''
+        SELECT @dblock_release_error = 51004, @dblock_release_failure = N'this session holds no lock that acquire.sql took';
+    ELSE IF @@TRANCOUNT > 0
+        SELECT @dblock_release_error = 51005,
+               @dblock_release_failure = N'inside a transaction the lock would be given back before the work is committed;'
+                                       + N' COMMIT or ROLLBACK first';
+    ELSE
+        SET @dblock_release_entry = LEFT(@dblock_release_held, CHARINDEX(';', @dblock_release_held));
+
+    -- An entry: `database key before;`
+    IF @dblock_release_error IS NULL
+       AND (@dblock_release_entry NOT LIKE '[0-9]% %[0-9] %;' OR @dblock_release_entry LIKE '%[^0-9A-F ;-]%')
+        SELECT @dblock_release_error = 51004,
+               @dblock_release_failure = N'dblock.held does not hold what acquire.sql wrote',
+               @dblock_release_entry = '';
+    IF @dblock_release_entry <> ''
+    BEGIN
+        SET @dblock_release_place = CHARINDEX(' ', @dblock_release_entry);
+        SET @dblock_release_next = CHARINDEX(' ', @dblock_release_entry, @dblock_release_place + 1);
+        SET @dblock_release_database = TRY_CAST(LEFT(@dblock_release_entry, @dblock_release_place - 1) AS int);
+        SET @dblock_release_resource = CONCAT(N'dblock:', SUBSTRING(
+            @dblock_release_entry, @dblock_release_place + 1, @dblock_release_next - @dblock_release_place - 1));
+        SET @dblock_release_sql = CONCAT(N'SET @before = 0x', REPLACE(
+            SUBSTRING(@dblock_release_entry, @dblock_release_next + 1, 257), ';', ''));
+        EXEC sys.sp_executesql @dblock_release_sql, N'@before varbinary(128) OUTPUT', @before = @dblock_release_before OUTPUT;
+
+        -- An application lock is known only in its own database; on Babelfish in all, and there no procedure of another one can
+        -- be called. A database that is gone has taken its locks with it.
+        SET @dblock_release_sql = N'
+            IF APPLOCK_MODE(''public'', @resource, ''Session'') <> N''NoLock''
+                EXEC @result = sys.sp_releaseapplock
+                    @Resource = @resource, @LockOwner = N''Session'', @DbPrincipal = N''public'';';
+        IF @dblock_release_database = DB_ID() OR SERVERPROPERTY('Babelfish') IS NOT NULL
+            EXEC sys.sp_executesql @dblock_release_sql, N'@resource nvarchar(255), @result int OUTPUT',
+                @resource = @dblock_release_resource, @result = @dblock_release_result OUTPUT;
+        ELSE IF DB_NAME(@dblock_release_database) IS NOT NULL
+        BEGIN
+            SET @dblock_release_there = QUOTENAME(DB_NAME(@dblock_release_database)) + N'.sys.sp_executesql';
+            EXEC @dblock_release_there @dblock_release_sql, N'@resource nvarchar(255), @result int OUTPUT',
+                @resource = @dblock_release_resource, @result = @dblock_release_result OUTPUT;
+        END;
+
+        IF @dblock_release_result < 0
+            SELECT @dblock_release_error = 51007,
+                   @dblock_release_failure = CONCAT(@dblock_release_resource, N': sp_releaseapplock returned ',
+                                                    @dblock_release_result);
+        ELSE
+        BEGIN
+            IF @dblock_release_result IS NULL AND @dblock_release_failure IS NULL
+                SELECT @dblock_release_error = 51004,
+                       @dblock_release_failure = CONCAT(@dblock_release_resource, N' was given back by somebody else while it',
+                                                        N' was held: what ran since may have run beside another holder');
+            SET CONTEXT_INFO @dblock_release_before;
+            IF @dblock_release_waiting <> ''
+                EXEC sys.sp_set_session_context N'dblock.waiting', NULL;
+            ELSE
+            BEGIN
+                SET @dblock_release_held = SUBSTRING(@dblock_release_held, LEN(@dblock_release_entry) + 1, 8000);
+                EXEC sys.sp_set_session_context N'dblock.held', @dblock_release_held;
+            END;
+        END;
+    END;
+END TRY
+BEGIN CATCH
+    SELECT @dblock_release_failure = CONCAT(ERROR_MESSAGE(), N' (error ', ERROR_NUMBER(), N')'), @dblock_release_error = 51007;
+END CATCH;
+
+IF @dblock_release_error IS NOT NULL
+BEGIN
+    -- Closed in the same way as by acquire.sql.
+    IF @dblock_release_failed > 0 AND SERVERPROPERTY('Babelfish') IS NOT NULL
+        EXECUTE (N'SET PARSEONLY ON');
+    SET @dblock_release_state = @dblock_release_error - 51000;
+    RAISERROR (N'%d dblock: %s', 16, @dblock_release_state, @dblock_release_error, @dblock_release_failure);
+    IF @dblock_release_failed > 0
+        SET NOEXEC ON;
+    RETURN;
+END;
