@@ -54,7 +54,7 @@ class PymssqlSession(Session):
         return AppLock(wish)
 
     def rows(self, text: str) -> list[Row]:
-        return self._send(text, lambda socket: _wait_for_reply(socket, None, None))
+        return self._send(text, _wait_for_reply)
 
     def wait(self, message: Wait, meanwhile: Callable[[], None] | None) -> list[Row]:
         return self._send(message.text, lambda socket: _wait_for_reply(socket, message.deadline, meanwhile))
@@ -118,7 +118,8 @@ def connect(url: str) -> Session:
     import pymssql
 
     try:
-        connection = pymssql.connect(**arguments, autocommit=True)
+        with _waiting(_wait_for_reply):  # for the settings which the driver sends of its own accord
+            connection = pymssql.connect(**arguments, autocommit=True)
     except pymssql.Error as error:
         text = hide_password(_message(error), arguments.get("password"))
         raise DatabaseError(f"cannot connect to the database: {text}") from None
@@ -134,11 +135,13 @@ def adopt(connection: pymssql.Connection) -> Session:
     """
     import pymssql
 
-    if not getattr(connection._conn, "connected", False):
-        raise UnsafeConnection("the callable returned a closed connection; it must return a new one each time")
     try:
         # Ends the transaction that pymssql begins unasked; a new connection has done nothing in it.
         connection.autocommit(True)
+    except pymssql.InterfaceError:
+        raise UnsafeConnection(
+            "the callable returned a closed connection; it must return a new one each time"
+        ) from None
     except pymssql.Error as error:
         raise DatabaseError(f"the callable's connection failed: {_message(error)}") from error
     return PymssqlSession(connection)
@@ -208,7 +211,7 @@ def _callback(socket: int) -> None:
         wait(socket)
 
 
-def _wait_for_reply(socket: int, deadline: float | None, meanwhile: Callable[[], None] | None) -> None:
+def _wait_for_reply(socket: int, deadline: float | None = None, meanwhile: Callable[[], None] | None = None) -> None:
     """Return when the server's reply arrives. Whatever is raised here, a signal's exception too, ends the wait.
 
     Raises:
