@@ -491,7 +491,7 @@ def expression(name: str) -> str:
 
 
 def test_refused_vectors(mssql: SqlServer, session: Session) -> None:
-    """Babelfish's texts have neither NUL nor lone surrogates."""
+    """Babelfish has no lone surrogates, nor NCHAR for halves of a pair; a NUL makes a name one that is not set."""
     reached = 0
     for vector in VECTORS["refused"]:
         try:
