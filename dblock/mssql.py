@@ -15,7 +15,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timezone
 from math import ceil
 from typing import NamedTuple
 
@@ -37,14 +36,10 @@ _WITHOUT_LIMIT = -1
 
 
 def _entry_row(row: Row) -> Row:
-    """The driver returns a list of sessions as text, and times without their zone, which is UTC."""
+    """SQL Server has no lists: the sessions in the way are a text."""
     *columns, blocked_by = row
-    since = columns[_SINCE]
-    columns[_SINCE] = since.replace(tzinfo=timezone.utc) if since else None
-    return (*columns, [int(session) for session in (blocked_by or "").split(",") if session])
+    return (*columns, [int(session) for session in blocked_by.split(",")] if blocked_by else None)
 
-
-_SINCE = 5  # among the columns of inspect.sql
 
 ENGINE = Engine(
     name="mssql",

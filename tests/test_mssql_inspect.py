@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from hashlib import sha256
 from typing import Any
@@ -24,7 +23,7 @@ import pymssql
 import pytest
 
 import dblock
-from dblock import driver_pymssql, label, scripts
+from dblock import driver_pymssql, label, mssql, scripts
 from dblock.inspect import Entry
 from dblock.names import Key
 from tests.support import wait_until
@@ -80,9 +79,7 @@ class Stage:
         cursor = self.observer.cursor()
         cursor.execute(self.script("inspect"))
         assert [column[0] for column in cursor.description] == list(Entry.__dataclass_fields__)
-        entries = [Entry(*row) for row in cursor.fetchall()]
-        return [replace(e, blocked_by=[int(p) for p in e.blocked_by.split(",")] if e.blocked_by else None)  # type: ignore[attr-defined]  # a text here
-                for e in entries]  # fmt: skip
+        return [Entry(*mssql.ENGINE.entry_row(row)) for row in cursor.fetchall()]
 
     def actor(self, said: str | bytes = b"", **settings: Any) -> Actor:
         actor = Actor(self, said, **settings)
