@@ -1,35 +1,87 @@
-"""One connection that a lock owns, from its opening to its closing. Knows no driver and no engine.
+"""One connection that a lock uses, its own or the caller's. Knows no driver and no engine.
 
-A driver's session says how a text is sent and what the driver's errors mean; what all of them share stands here.
+It runs the generators that say what is sent. A driver's session says how a text is sent and what the driver's errors
+mean. ``aio_session.py`` has the same for asyncio.
 """
 
 from __future__ import annotations
 
 import selectors
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from threading import RLock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from dblock.errors import DatabaseError
-from dblock.protocol import Engine, Message, Row, ServerLock, Steps, T, Wait, Wish
+from dblock.protocol import Engine, HangUp, Message, Pause, Row, ServerLock, Steps, T, Wait, Wish
 
 if TYPE_CHECKING:
     from types import ModuleType
 
 
-class Session(ABC):
-    """A connection on which one message is sent after the other."""
+Scope = Literal["session", "transaction"]
+
+
+@dataclass(frozen=True)
+class Loan:
+    """The caller's connection, on loan to a lock.
+
+    Attributes:
+        began: the lock's first message begins a transaction, where the caller had none.
+        rollback: ends it. Its result is to be awaited where the connection is asynchronous.
+        returned: is called when nothing of the lock is left on the connection.
+    """
+
+    began: bool
+    rollback: Callable[[], Any]
+    returned: Callable[[], None] = lambda: None
+
+
+class AnySession(ABC):
+    """What both kinds have in common.
+
+    Attributes:
+        engine: the server's kind.
+        loan: whose connection it is; None: the lock's own.
+    """
 
     engine: Engine
 
-    def __init__(self) -> None:
-        # Whoever keeps a held lock's connection alive is another thread than its holder.
-        self._turn = RLock()
+    def __init__(self, loan: Loan | None) -> None:
+        self.loan = loan
 
     @abstractmethod
     def lock(self, wish: Wish) -> ServerLock:
         """What the engine says about one lock in this session."""
+
+    @abstractmethod
+    def fileno(self) -> int:
+        """The descriptor of the connection's socket."""
+
+    @property
+    @abstractmethod
+    def closed(self) -> bool:
+        """Whether this side has ended the connection, or the driver has noticed its end."""
+
+    @property
+    @abstractmethod
+    def in_transaction(self) -> bool | None:
+        """Whether a transaction is open, as the driver knows it; None: it does not."""
+
+    @abstractmethod
+    def alive(self) -> bool:
+        """Whether the connection stands, as far as it can be known without waiting for the server."""
+
+
+class Session(AnySession):
+    """A connection whose caller blocks."""
+
+    def __init__(self, loan: Loan | None) -> None:
+        super().__init__(loan)
+        # Whoever keeps a held lock's connection alive is another thread than its holder.
+        self._turn = RLock()
 
     @abstractmethod
     def rows(self, text: str) -> list[Row]:
@@ -40,24 +92,15 @@ class Session(ABC):
         """
 
     @abstractmethod
-    def fileno(self) -> int:
-        """The descriptor of the connection's socket."""
-
-    @abstractmethod
     def close(self) -> None:
         """End the session; the server gives back whatever it held. Raises nothing."""
-
-    @property
-    @abstractmethod
-    def closed(self) -> bool:
-        """Whether this side has ended the connection, or the driver has noticed its end."""
 
     def wait(self, message: Wait, meanwhile: Callable[[], None] | None) -> list[Row]:  # noqa: ARG002 - for those that can
         """Send a message in which the server waits. Where a session can do so, meanwhile is called now and then."""
         return self.rows(message.text)
 
     def run(self, steps: Steps[T], meanwhile: Callable[[], None] | None = None) -> T:
-        """Run a generator of a `ServerLock` to its end: send what it yields, hand it the replies, throw errors in.
+        """Run a generator to its end: send what it yields, hand it the replies, throw errors in.
 
         Args:
             steps: the generator.
@@ -77,25 +120,35 @@ class Session(ABC):
                 result: T = end.value
                 return result
 
-    def alive(self) -> bool:
-        """Tell whether the connection stands, without traffic as long as the server has said nothing unasked."""
-        with self._turn:
-            if self.closed:
-                return False
-            with selectors.DefaultSelector() as selector:
-                selector.register(self.fileno(), selectors.EVENT_READ)
-                unasked = selector.select(timeout=0)
-            if unasked:
-                # Unasked for, the server says that it ends the session; or it is a mere notice. One more message tells.
-                try:
-                    self.rows("SELECT 1")
-                except DatabaseError:
-                    return False
-            return True
+    def leave(self, *, granted: bool) -> None:
+        """The lock is done with the connection: its own is closed, the caller's is as it was.
+
+        Args:
+            granted: the lock was held, and given back; otherwise it was not acquired.
+        """
+        if self.loan is None:
+            self.close()
+        elif not self.closed:
+            if self.loan.began and not granted:
+                self.loan.rollback()
+            self.loan.returned()
 
     def _execute(self, message: Message, meanwhile: Callable[[], None] | None) -> Row:
+        if isinstance(message, Pause):
+            time.sleep(message.seconds)
+            return ()
+        if isinstance(message, HangUp):
+            self.close()
+            return ()
         rows = self.wait(message, meanwhile) if isinstance(message, Wait) else self.rows(message)
         return rows[0] if rows else ()
+
+
+def has_input(socket: int) -> bool:
+    """Whether something can be read from a socket, be it its end."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(socket, selectors.EVENT_READ)
+        return bool(selector.select(timeout=0))
 
 
 def one_line(text: str) -> str:

@@ -22,8 +22,8 @@ class KeepAlive:
         self._thread = threading.Thread(target=self._run, name="dblock keep-alive", daemon=True)
         self._thread.start()
 
-    def stop(self) -> None:
-        """End it, and wait until it is gone."""
+    async def stop(self) -> None:
+        """End it, and wait until it is gone. Never really waits for an event loop: it is a blocking lock's."""
         self._stop.set()
         if self._thread is not threading.current_thread():
             self._thread.join()

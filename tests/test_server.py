@@ -136,7 +136,7 @@ def test_a_bigint_key_in_pg_locks_and_back(session: Connection, key: int) -> Non
 @pytest.mark.parametrize("key", KEYS)
 def test_the_high_half_as_a_signed_integer(session: Connection, key: int) -> None:
     """Python and acquire.sql shift alike, so their queues are one; and the extremes are still an int4."""
-    names = LockNames(key, "", "")
+    names = LockNames(key, (), None, False, "", "")
     assert value(session, f"SELECT ('{key}'::bigint >> 32)::integer") == names.high
     send(session, f"SELECT pg_advisory_lock_shared({names.high}, 0)")
     assert locks(session) == [(names.classid, 0, 2, "ShareLock")]

@@ -20,8 +20,9 @@ of the group; while the lock is waited for they end the wait. Should dblock run 
 killed before the lock is free. Processes that leave the group (setsid, daemons) are not, and those that the command
 leaves behind when it ends go on without the lock.
 
-The command finds DBLOCK_HELD=1, DBLOCK_KEY, DBLOCK_TARGET, DBLOCK_STEP and DBLOCK_TENANT (empty where none is given)
-in its environment, and does not find DBLOCK_URL.
+The command finds DBLOCK_HELD=1, DBLOCK_KEY, DBLOCK_TARGET, DBLOCK_STEP, DBLOCK_TENANT (empty where none is given) and
+DBLOCK_SLOT (empty without --slots) in its environment, and does not find DBLOCK_URL. Where there are several targets,
+DBLOCK_KEY, DBLOCK_TARGET and DBLOCK_SLOT have a line for each, in the order in which they were given.
 """
 
 _EXIT_CODES = """\
@@ -48,7 +49,8 @@ def add(commands: Any) -> None:
         epilog=_EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    options.add_names(parser)
+    options.add_names(parser, several=True)
+    options.add_shape(parser)
     parser.add_argument("--tenant", metavar="X", help="for whom; a label, shown to those who wait (DBLOCK_TENANT)")
     parser.add_argument(
         "--timeout",
@@ -83,10 +85,13 @@ def handle(args: argparse.Namespace) -> int:
     tenant = options.value(args, "tenant")
     lock = dblock.Lock(
         url,
-        target=options.required(args, "target"),
+        target=options.targets(args),
         step=options.required(args, "step"),
         tenant=tenant,
         timeout=options.duration(options.value(args, "timeout")),
+        shared=args.shared,
+        slots=args.slots,
+        scope="session",
         database=options.value(args, "database"),
         allow_session_pooler=args.allow_session_pooler,
         keep_alive=False,  # the loop that waits for the command does that: no thread lives where it is forked off
@@ -123,11 +128,12 @@ def _environment(lock: dblock.Lock, tenant: str | None, url: str | None) -> dict
     environment = {name: value for name, value in os.environ.items() if name != "DBLOCK_URL"}
     environment |= {
         "DBLOCK_HELD": "1",
-        "DBLOCK_KEY": str(lock.key.value),
-        "DBLOCK_TARGET": lock.target,
+        "DBLOCK_KEY": "\n".join(str(key.value) for key in lock.keys),
+        "DBLOCK_TARGET": "\n".join(lock.targets),
         "DBLOCK_STEP": lock.step,
         # Empty rather than left out: what an outer dblock run has set is not this lock's.
         "DBLOCK_TENANT": tenant or "",
+        "DBLOCK_SLOT": "\n".join(map(str, lock.slots)),
     }
     return environment if url is None else environment | {"DBLOCK_URL": url}
 
