@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 from abc import abstractmethod
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from inspect import isawaitable
 from typing import Any
 
 from dblock.protocol import HangUp, Message, Pause, Row, Steps, T, Wait
@@ -30,8 +32,16 @@ class AsyncSession(AnySession):
         """
 
     @abstractmethod
+    async def _close(self) -> None:
+        """Close the connection."""
+
     async def close(self) -> None:
-        """End the session; the server gives back whatever it held. Raises nothing."""
+        """End the session; the server gives back whatever it held. Raises nothing but a cancellation."""
+        with suppress(Exception):
+            await self._close()
+        with suppress(Exception):
+            if self.loan is not None and isawaitable(ended := self.loan.closed()):
+                await ended
 
     async def run(self, steps: Steps[T], meanwhile: Callable[[], Coroutine[Any, Any, None]] | None = None) -> T:  # noqa: ARG002
         """Run a generator to its end, as `Session.run` does."""

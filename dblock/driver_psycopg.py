@@ -7,7 +7,6 @@ Imported only when such a connection is wanted: whoever uses dblock without Post
 from __future__ import annotations
 
 import re
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from dblock.aio_session import AsyncSession
@@ -75,10 +74,9 @@ class PsycopgSession(Session):
         with self._turn:
             return _alive(self._connection)
 
-    def close(self) -> None:
-        # The socket goes even where the driver could not say goodbye, and this runs while errors are on their way.
-        with suppress(Exception):
-            self._connection.close()
+    def _close(self) -> None:
+        # The socket goes even where the driver could not say goodbye.
+        self._connection.close()
 
 
 class AsyncPsycopgSession(AsyncSession):
@@ -123,9 +121,8 @@ class AsyncPsycopgSession(AsyncSession):
     def alive(self) -> bool:
         return _alive(self._connection)
 
-    async def close(self) -> None:
-        with suppress(Exception):
-            await self._connection.close()
+    async def _close(self) -> None:
+        await self._connection.close()
 
 
 # --- the lock's own connection ----------------------------------------------------------------------------------------

@@ -101,11 +101,9 @@ class PymssqlSession(Session):
             raise OSError("no message was sent on this connection, or it is closed")
         return self._socket
 
-    def close(self) -> None:
+    def _close(self) -> None:
         self._closed = True
-        # This runs while errors are on their way.
-        with suppress(Exception):
-            self._connection.close()
+        self._connection.close()
 
     def _send(self, text: str, wait: Callable[[int], None]) -> list[Row]:
         import pymssql
@@ -262,7 +260,7 @@ class AsyncPymssqlSession(AsyncSession):
     async def rows(self, text: str) -> list[Row]:
         return await self._call(lambda: self._blocking.rows(text))
 
-    async def close(self) -> None:
+    async def _close(self) -> None:
         if not self.closed:
             await self._call(self._blocking.close)
         self._thread.shutdown(wait=False)

@@ -77,7 +77,7 @@ async def session_async(db: Any, scope: Scope) -> AsyncSession:
         loan, proxied, name = await greenlet_spawn(_lend, blocking, scope)
     except exc.SQLAlchemyError as error:
         raise _translated(error) from error
-    loan = replace(loan, rollback=db.rollback)
+    loan = replace(loan, rollback=db.rollback, closed=db.invalidate)
     try:
         borrowed: AsyncSession = _driver(name).borrow_async(proxied.driver_connection, scope)
     except UnsafeConnection:
@@ -112,7 +112,7 @@ def _lend(db: Lent, scope: Scope) -> tuple[Loan, PoolProxiedConnection, str]:
         connection = owner
         if began and scope == "transaction":
             connection.begin()
-    return Loan(began, owner.rollback), connection.connection, connection.dialect.driver
+    return Loan(began, owner.rollback, closed=owner.invalidate), connection.connection, connection.dialect.driver
 
 
 def _marked(loan: Loan, proxied: PoolProxiedConnection, scope: Scope) -> Loan:

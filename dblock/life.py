@@ -282,7 +282,8 @@ class Life(ABC, Generic[S]):
             self._warn_if_out_of_order(caller)
             session = await self._connect()
             self._locks = [session.lock(wish) for wish in self._wishes]
-            steps = acquire_all(self._locks, self._conditions, timeout, self._report)
+            report = self._report if log.isEnabledFor(logging.INFO) else None
+            steps = acquire_all(self._locks, self._conditions, timeout, report)
             outcome = await self._run(session, steps, may_report=True)
             if isinstance(outcome, Busy):
                 return outcome
@@ -437,6 +438,7 @@ class Life(ABC, Generic[S]):
             )
 
     def _report(self, wish: Wish, look: Look) -> None:
+        # Asked for again, from outside, only while somebody listens.
         self._waiting_for = next((lock for lock in self._locks if lock.wish == wish), None)
         log.info("waiting for %s: %s", _name(wish), _in_the_way(wish, look))
 

@@ -126,7 +126,7 @@ class AppLock:
         if opened.mode != "NoLock":
             raise AlreadyHeld(already_held(own=self._own))
 
-    def acquire(self, timeout: float | None, report: Report) -> Steps[Granted | Busy]:
+    def acquire(self, timeout: float | None, report: Report | None) -> Steps[Granted | Busy]:
         deadline = None if timeout is None else time.monotonic() + timeout
         self._waiting_since = None
         outcome: Granted | Busy | None = None
@@ -190,7 +190,7 @@ class AppLock:
             ahead=ahead,
         )
 
-    def _acquire(self, deadline: float | None, report: Report, *, wait: bool) -> Steps[Granted | Busy]:
+    def _acquire(self, deadline: float | None, report: Report | None, *, wait: bool) -> Steps[Granted | Busy]:
         names = self._names
         enter = _enter(names, _AT_ONCE_MILLISECONDS) if names.permits else ""
         granted = self._grant((yield _take(names, _AT_ONCE_MILLISECONDS, before=enter, leave_queue=True)))
@@ -199,7 +199,8 @@ class AppLock:
         look = yield from self.look()
         if not wait:
             return Busy(self.wish, look)
-        report(self.wish, look)
+        if report:
+            report(self.wish, look)
         self._waiting_since = time.monotonic()
         try:
             if names.permits:
@@ -208,7 +209,7 @@ class AppLock:
                 wait_here = Wait(_take(names, _milliseconds(deadline), before=_wait_label(names)), deadline)
                 granted = self._grant((yield wait_here))
         except WaitOver:
-            return Busy(self.wish, look)
+            return Busy(self.wish, look)  # the session is closed, so it cannot be asked again
         return granted or Busy(self.wish, (yield from self.look()))
 
     def _queue_for_permit(self, deadline: float | None) -> Steps[Granted | None]:

@@ -136,13 +136,13 @@ class AdvisoryLock:
         self._application_name = opened.settings[0]
         self._surroundings.found = Settings(*opened.settings)
 
-    def acquire(self, timeout: float | None, report: Report) -> Steps[Granted | Busy]:
+    def acquire(self, timeout: float | None, report: Report | None) -> Steps[Granted | Busy]:
         deadline = None if timeout is None else time.monotonic() + timeout
         granted = None
         around = self._surroundings
         self._ticket = None
         try:
-            attempt = Attempt(*(yield around.first(_try_at_once(self._names, around)))[:4])
+            attempt = Attempt(*(yield around.first(_try_at_once(self._names, around)))[:5])
             self._application_name = attempt.before
             granted = attempt.grant()
             if granted is None and timeout != 0:
@@ -202,7 +202,7 @@ class AdvisoryLock:
         except DatabaseError:
             yield HangUp()
 
-    def _queue(self, deadline: float | None, report: Report) -> Steps[Granted | None]:
+    def _queue(self, deadline: float | None, report: Report | None) -> Steps[Granted | None]:
         """Wait in the order of arrival. None: the time is over."""
         next_report = time.monotonic()
         around = self._surroundings
@@ -211,21 +211,29 @@ class AdvisoryLock:
         while (milliseconds := self._slice(deadline)) is not None:
             if self._ticket is None:
                 yield from self._join(milliseconds)
-            elif self._ticket.predecessor:
-                (predecessor,) = yield around.errand(_wait_for(self._names, self._ticket, milliseconds))
+            elif self._ticket.predecessor and around.waits_apart:
+                (predecessor,) = yield around.errand(_wait_for_turn(self._names, self._ticket, milliseconds))
                 self._ticket = Ticket(self._ticket.number, predecessor)
             else:
-                wait = _wait_for_lock(self._names, milliseconds) if locked_out else ""
-                attempt = Attempt(*(yield around.attempt(wait + _take_as_head(self._names, self._ticket, around)))[:4])
+                attempt = Attempt(*(yield around.attempt(self._take_in_turn(milliseconds, locked_out)))[:5])
+                self._ticket = Ticket(self._ticket.number, attempt.predecessor)
                 if granted := attempt.grant(self._application_name):
                     return granted
-                locked_out = not attempt.admitted
-                if attempt.admitted:
-                    yield Pause(min(next(pause), milliseconds / 1000))
-            if time.monotonic() >= next_report:
+                if not attempt.predecessor:
+                    locked_out = not attempt.admitted
+                    if attempt.admitted:
+                        yield Pause(min(next(pause), milliseconds / 1000))
+            if report and time.monotonic() >= next_report:
                 next_report = time.monotonic() + REPORT_SECONDS
                 report(self.wish, (yield from self.look()))
         return None
+
+    def _take_in_turn(self, milliseconds: int, locked_out: bool) -> str:
+        assert self._ticket is not None  # noqa: S101 - for the type checker
+        take = _take(self._names, self._ticket, self._surroundings)
+        if self._ticket.predecessor:
+            return _wait_for_predecessor(self._names, self._ticket, milliseconds) + take
+        return _wait_for_lock(self._names, milliseconds) + take if locked_out else take
 
     def _join(self, milliseconds: int) -> Steps[None]:
         """Draw a ticket. Where a foreign lock was in its way, whatever part of it was taken is given back."""
@@ -315,6 +323,7 @@ class OwnSession:
         local: the third argument of set_config, for what lasts as long as the lock.
         scope: what the names of the functions that take a lock have in the middle.
         silence: which setting limits how long the session may be silent while it waits.
+        waits_apart: whether a wait in the queue needs a message of its own, so that what it takes goes back at once.
         copies: what the names of settings begin with, under which the message that opens finds the caller's.
         found: the settings before the lock came.
     """
@@ -322,6 +331,7 @@ class OwnSession:
     local = "false"
     scope = ""
     silence = "idle_session_timeout"
+    waits_apart = False
     copies = ""
     found = Settings("", "", "0", "0", "0")
 
@@ -394,12 +404,8 @@ class BorrowedSession(OwnSession):
         return f"{self._set_local()} {super().undoing(text, application_name)}"
 
     def _set_local(self) -> str:
-        return f"""
-            SET LOCAL search_path = pg_catalog, pg_temp;
-            SET LOCAL statement_timeout = 0;
-            SET LOCAL lock_timeout = 0;
-            {"SET LOCAL transaction_timeout = 0;" if self._server_version >= 170000 else ""}
-        """
+        settings = ["search_path", "statement_timeout", "lock_timeout"]
+        return _set_local(*settings, *(["transaction_timeout"] if self._server_version >= 170000 else []))
 
 
 class InTransaction(OwnSession):
@@ -414,6 +420,7 @@ class InTransaction(OwnSession):
     local = "true"
     scope = "_xact"
     silence = "idle_in_transaction_session_timeout"
+    waits_apart = True
     copies = "dblock.found_"
 
     _acquiring = False  # whether there is the savepoint
@@ -473,11 +480,13 @@ class InTransaction(OwnSession):
 
     def _set_local(self) -> str:
         # Not transaction_timeout: how long the transaction may take is the caller's to say.
-        return """
-            SET LOCAL search_path = pg_catalog, pg_temp;
-            SET LOCAL statement_timeout = 0;
-            SET LOCAL lock_timeout = 0;
-        """
+        return _set_local("search_path", "statement_timeout", "lock_timeout")
+
+
+def _set_local(*names: str) -> str:
+    """Set what must not break off a message, nor change what it means, until its transaction or savepoint ends."""
+    values = {"search_path": "pg_catalog, pg_temp"}
+    return "\n".join(f"SET LOCAL {name} = {values.get(name, '0')};" for name in names)
 
 
 class Opened(NamedTuple):
@@ -521,6 +530,7 @@ class Attempt(NamedTuple):
     slot: int | None  # the permit's number
     admitted: bool  # to look for a permit: the lock itself could be taken, but no permit was free
     before: str  # application_name, where it was asked for
+    predecessor: int  # the nearest ticket before the own; where there is one, nothing was attempted
 
     def grant(self, before: str | None = None) -> Granted | None:
         return Granted(self.before if before is None else before, self.slot) if self.granted else None
@@ -533,10 +543,10 @@ def _try_at_once(lock: LockNames, around: OwnSession) -> str:
     """
     return f"""
         WITH arrival AS MATERIALIZED (
-                SELECT current_setting('application_name') AS before,
+                SELECT current_setting('application_name') AS before, 0 AS predecessor,
                        pg_try_advisory{"" if around.scope else "_xact"}_lock({lock.high}, 0) AS may_try),
              {_attempt(lock, around)}
-        SELECT granted, slot, admitted, before,
+        SELECT granted, slot, admitted, before, predecessor,
                CASE WHEN granted THEN {_label("", lock.holding_fields, around)} END
                {f", CASE WHEN may_try THEN pg_advisory_unlock({lock.high}, 0) END" if around.scope else ""}
         FROM attempt
@@ -603,8 +613,7 @@ def _give_back(lock: LockNames) -> str:
         FROM (SELECT objsubid, mode, classid, (classid::bigint << 32) | objid::bigint AS key,
                      CASE WHEN objid::bigint < 2147483648 THEN objid::bigint::int END AS low
               FROM pg_locks
-              WHERE locktype = 'advisory' AND granted AND pid = pg_backend_pid()
-                AND database = (SELECT oid FROM pg_database WHERE datname = current_database())) AS own
+              WHERE locktype = 'advisory' AND granted AND pid = pg_backend_pid()) AS own
         WHERE objsubid = 1 AND key IN ({", ".join(map(str, (*lock.permits, lock.key)))})
            OR objsubid = 2 AND classid = {lock.classid} AND low IS NOT NULL
     """
@@ -647,8 +656,8 @@ def _join(lock: LockNames, gate_milliseconds: int) -> str:
     """
 
 
-def _wait_for(lock: LockNames, ticket: Ticket, milliseconds: int) -> str:
-    """Wait until the predecessor's ticket is given back, at most for one slice. The reply is the new predecessor.
+def _wait_for_predecessor(lock: LockNames, ticket: Ticket, milliseconds: int) -> str:
+    """Wait until the predecessor's ticket is given back, at most for one slice.
 
     The wait is caught inside a DO block: an error that left the message would write two lines into the server's
     log for each slice of each waiter.
@@ -660,11 +669,12 @@ def _wait_for(lock: LockNames, ticket: Ticket, milliseconds: int) -> str:
             PERFORM pg_advisory_xact_lock_shared({lock.high}, {ticket.predecessor});
         EXCEPTION WHEN lock_not_available THEN NULL;
         END $$;
-        SELECT CASE WHEN pg_try_advisory_xact_lock_shared({lock.high}, {ticket.predecessor})
-                    THEN {_last_ticket_below(lock, ticket.number)}
-                    ELSE {ticket.predecessor}
-               END
     """
+
+
+def _wait_for_turn(lock: LockNames, ticket: Ticket, milliseconds: int) -> str:
+    """Wait for the predecessor, and do no more. The reply is the new predecessor."""
+    return f"{_wait_for_predecessor(lock, ticket, milliseconds)} SELECT {_predecessor(lock, ticket)}"
 
 
 def _wait_for_lock(lock: LockNames, milliseconds: int) -> str:
@@ -682,12 +692,15 @@ def _wait_for_lock(lock: LockNames, milliseconds: int) -> str:
     """
 
 
-def _take_as_head(lock: LockNames, ticket: Ticket, around: OwnSession) -> str:
-    """Take the lock if it is free. With the grant the ticket goes back, so that the next becomes head."""
+def _take(lock: LockNames, ticket: Ticket, around: OwnSession) -> str:
+    """Take the lock if this is the head of the queue and it is free. With the grant the ticket goes back."""
     return f"""
-        WITH arrival AS MATERIALIZED (SELECT NULL::text AS before, true AS may_try),
+        WITH place AS MATERIALIZED (SELECT {_predecessor(lock, ticket)} AS predecessor),
+             arrival AS MATERIALIZED (
+                SELECT NULL::text AS before, predecessor, predecessor = 0 AS may_try
+                FROM place),
              {_attempt(lock, around)}
-        SELECT granted, slot, admitted, before,
+        SELECT granted, slot, admitted, before, predecessor,
                CASE WHEN granted THEN pg_advisory_unlock({lock.high}, {ticket.number}) END,
                CASE WHEN granted THEN pg_advisory_unlock_shared({lock.high}, 0) END,
                CASE WHEN granted THEN {_label("", lock.holding_fields, around)} END,
@@ -695,6 +708,17 @@ def _take_as_head(lock: LockNames, ticket: Ticket, around: OwnSession) -> str:
                     THEN set_config('{around.silence}', {_quote(around.found.silence)}, {around.local}) END
         FROM attempt
     """
+
+
+def _predecessor(lock: LockNames, ticket: Ticket) -> str:
+    """The nearest ticket below the own, which was waited for already; 0: none."""
+    if not ticket.predecessor:
+        return "0"
+    return f"""
+        CASE WHEN pg_try_advisory_xact_lock_shared({lock.high}, {ticket.predecessor})
+             THEN {_last_ticket_below(lock, ticket.number)}
+             ELSE {ticket.predecessor}
+        END"""
 
 
 # --- who is in the way ------------------------------------------------------------------------------------------
@@ -747,8 +771,7 @@ def _own_lock(key: int) -> str:
     classid, objid, _ = Key(key).postgres
     return (
         f"EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1 AND pid = pg_backend_pid()"
-        f" AND granted AND classid = {classid} AND objid = {objid}"
-        f" AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))"
+        f" AND granted AND classid = {classid} AND objid = {objid})"
     )
 
 

@@ -167,14 +167,14 @@ class ServerLock(Protocol):
         """
         ...
 
-    def acquire(self, timeout: float | None, report: Report) -> Steps[Granted | Busy]:
+    def acquire(self, timeout: float | None, report: Report | None) -> Steps[Granted | Busy]:
         """Take the lock: at once if it is free and nobody waits, otherwise in the queue.
 
         Unless this returns ``Granted`` nothing of it is held, or the session is closed.
 
         Args:
             timeout: seconds to wait; None: without limit; 0: do not wait.
-            report: is told who is in the way.
+            report: is told who is in the way; None: nobody wants to know.
 
         Raises:
             LockDeadlock: the server chose this wait as a deadlock's victim.
@@ -214,7 +214,7 @@ def acquire_all(
     locks: Sequence[ServerLock],
     conditions: Conditions,
     timeout: float | None,
-    report: Report,
+    report: Report | None,
 ) -> Steps[list[tuple[ServerLock, Granted]] | Busy]:
     """Take all of the locks, or none: one after the other in one session, within one time.
 
@@ -222,7 +222,7 @@ def acquire_all(
         locks: in the contract's order, which is that of their keys.
         conditions: what the caller says of the connection.
         timeout: seconds for all of them; None: without limit; 0: do not wait.
-        report: is told who is in the way of which.
+        report: is told who is in the way of which; None: nobody wants to know.
 
     Raises:
         Error: as `ServerLock.open` and `ServerLock.acquire` do.

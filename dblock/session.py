@@ -10,6 +10,7 @@ import selectors
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import RLock
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,11 +33,13 @@ class Loan:
         began: the lock's first message begins a transaction, where the caller had none.
         rollback: ends it. Its result is to be awaited where the connection is asynchronous.
         returned: is called when nothing of the lock is left on the connection.
+        closed: is called when the connection had to be closed. Its result is to be awaited likewise.
     """
 
     began: bool
     rollback: Callable[[], Any]
     returned: Callable[[], None] = lambda: None
+    closed: Callable[[], Any] = lambda: None
 
 
 class AnySession(ABC):
@@ -92,8 +95,17 @@ class Session(AnySession):
         """
 
     @abstractmethod
+    def _close(self) -> None:
+        """Close the connection."""
+
     def close(self) -> None:
         """End the session; the server gives back whatever it held. Raises nothing."""
+        # This runs while errors are on their way.
+        with suppress(Exception):
+            self._close()
+        with suppress(Exception):
+            if self.loan is not None:
+                self.loan.closed()
 
     def wait(self, message: Wait, meanwhile: Callable[[], None] | None) -> list[Row]:  # noqa: ARG002 - for those that can
         """Send a message in which the server waits. Where a session can do so, meanwhile is called now and then."""
