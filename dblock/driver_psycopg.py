@@ -204,16 +204,23 @@ def borrow(connection: psycopg.Connection[Any], scope: Scope) -> Session:
     Raises:
         UnsafeConnection: no lock of that scope could be trusted on it.
     """
+    import psycopg
+
+    if not isinstance(connection, psycopg.Connection):
+        raise UnsafeConnection(f"a psycopg {type(connection).__qualname__} is for asyncio: use dblock.alock")
     return PsycopgSession(connection, _loan(connection, scope))
 
 
 def borrow_async(connection: psycopg.AsyncConnection[Any], scope: Scope) -> AsyncSession:
     """Use the caller's asynchronous connection, as `borrow` does."""
+    import psycopg
+
+    if not isinstance(connection, psycopg.AsyncConnection):
+        raise UnsafeConnection(f"a psycopg {type(connection).__qualname__} blocks: use dblock.lock")
     return AsyncPsycopgSession(connection, _loan(connection, scope))
 
 
 def _loan(connection: AnyConnection, scope: Scope) -> Loan:
-    import psycopg
     from psycopg.pq import PipelineStatus, TransactionStatus
 
     status = connection.info.transaction_status
@@ -240,7 +247,6 @@ def _loan(connection: AnyConnection, scope: Scope) -> Loan:
             "no transaction is open, and the connection is in autocommit: a lock until the transaction's end would "
             "end at once. Begin one, or use scope='session'"
         )
-    assert isinstance(connection, (psycopg.Connection, psycopg.AsyncConnection))  # noqa: S101 - for the type checker
     return Loan(began=status == TransactionStatus.IDLE and scope == "transaction", rollback=connection.rollback)
 
 

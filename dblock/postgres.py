@@ -43,6 +43,7 @@ from dblock.protocol import (
 
 _LOCK_NOT_AVAILABLE = "55P03"
 _DEADLOCK_DETECTED = "40P01"
+_NO_SUCH_SAVEPOINT = "3B001"
 
 _LABEL_BYTES = 63  # application_name
 _TIME_WIDTH = 10  # of an epoch in seconds, until the year 2286
@@ -199,8 +200,11 @@ class AdvisoryLock:
         """Give back whatever there is of this lock. Where that fails too, the end of the session does it."""
         try:
             yield self._surroundings.undoing(_give_back(self._names), self._application_name)
-        except DatabaseError:
-            yield HangUp()
+        except DatabaseError as error:
+            # Before the savepoint nothing was taken, and after it only what belongs to the transaction: which has now
+            # failed, and all its locks are gone.
+            if not (self.wish.in_transaction and error.sqlstate == _NO_SUCH_SAVEPOINT):
+                yield HangUp()
 
     def _queue(self, deadline: float | None, report: Report | None) -> Steps[Granted | None]:
         """Wait in the order of arrival. None: the time is over."""
