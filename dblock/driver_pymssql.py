@@ -79,10 +79,9 @@ class PymssqlSession(Session):
     def in_transaction(self) -> None:
         return None
 
-    def interruptible(self) -> Callable[[], object]:
-        """Return what ends, called in another thread, the message under way or else the next one."""
-        self._interrupted, interrupt = socket.socketpair()
-        return lambda: interrupt.send(b"x")
+    def interrupt_by(self, interrupted: socket.socket) -> None:
+        """Break off the message under way, or the next one, when something can be read from the socket."""
+        self._interrupted = interrupted
 
     def alive(self) -> bool:
         with self._turn:
@@ -243,7 +242,9 @@ class AsyncPymssqlSession(AsyncSession):
         super().__init__(None)
         self._blocking = blocking
         self._thread = thread
-        self._interrupt = blocking.interruptible()
+        self._interrupt, interrupted = socket.socketpair()
+        self._sockets = (self._interrupt, interrupted)
+        blocking.interrupt_by(interrupted)
 
     def lock(self, wish: Wish) -> ServerLock:
         return self._blocking.lock(wish)
@@ -264,6 +265,8 @@ class AsyncPymssqlSession(AsyncSession):
         if not self.closed:
             await self._call(self._blocking.close)
         self._thread.shutdown(wait=False)
+        for socket_ in self._sockets:
+            socket_.close()
 
     @property
     def closed(self) -> bool:
@@ -281,7 +284,7 @@ class AsyncPymssqlSession(AsyncSession):
 
     async def _call(self, function: Callable[[], T]) -> T:
         future = asyncio.get_running_loop().run_in_executor(self._thread, function)
-        return await until_done(future, on_cancel=self._interrupt)
+        return await until_done(future, on_cancel=lambda: self._interrupt.send(b"x"))
 
 
 async def _in_thread_of_its_own(connect: Callable[[], PymssqlSession]) -> AsyncSession:

@@ -345,6 +345,8 @@ class Life(ABC, Generic[S]):
 
     async def _ask_after_transaction(self, hold: Hold[S], *, at_exit: bool) -> None:
         """The lock ends with the transaction, and before that there is nothing to give back."""
+        if hold.session.closed:
+            raise LockLost(f"{self._name} was lost while it was held: the connection is closed")
         open_now = hold.session.in_transaction
         if open_now is not False:
             try:

@@ -155,7 +155,8 @@ def _pymssql_callable(url: str) -> Iterator[Hand]:
 
 @contextmanager
 def _engine(url: str) -> Iterator[Hand]:
-    engine = sqlalchemy.create_engine(_sa(url), pool_size=1, max_overflow=0)
+    # On SQL Server the only level which Babelfish knows as well.
+    engine = sqlalchemy.create_engine(_sa(url), pool_size=1, max_overflow=0, isolation_level="AUTOCOMMIT")
     try:
         yield BlockingHand(engine, _none, None)
     finally:
