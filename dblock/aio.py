@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from dblock.aio_session import AsyncSession, until_done
 from dblock.connect import check_source, connect_async, is_callers
-from dblock.life import UNSET, Arguments, Keeper, Life, Unset, check_timeout
-from dblock.protocol import Look, ServerLock, Steps, T
-from dblock.session import Scope
+from dblock.life import GRACE_SECONDS, UNSET, Arguments, Life, Unset, Watcher, check_timeout
+from dblock.protocol import ANSWER_SECONDS, Look, ServerLock, Steps, T
+from dblock.session import AnswerDue, Scope, duplicate
+from dblock.watch import PAUSE_SECONDS
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -37,6 +38,7 @@ def alock(
     shared: bool = False,
     slots: int | None = None,
     scope: Scope = "session",
+    heartbeat: float = 10,
     database: str | None = None,
     allow_session_pooler: bool = False,
 ) -> AsyncLock:
@@ -56,6 +58,7 @@ def alock(
         shared: …
         slots: …
         scope: …
+        heartbeat: …
         database: …
         allow_session_pooler: …
 
@@ -76,6 +79,7 @@ def alock(
         shared=shared,
         slots=slots,
         scope=scope,
+        heartbeat=heartbeat,
         database=database,
         allow_session_pooler=allow_session_pooler,
     )
@@ -85,10 +89,16 @@ class AsyncLock(Life[AsyncSession]):
     """One lock, in the hand of one caller. Made by `dblock.alock`; `dblock.lock.Lock` for asyncio.
 
     Whoever is cancelled while waiting for it does not hold it.
+
+    Attributes:
+        lost: an `asyncio.Event`, set when it becomes known that the lock was lost while it was held.
     """
 
-    def __init__(self, db: AsyncSource, *, keep_alive: bool = True, **arguments: Unpack[Arguments]) -> None:
-        super().__init__(keep_alive=keep_alive, **arguments)
+    def __init__(
+        self, db: AsyncSource, *, watched: bool = True, grace: float = GRACE_SECONDS, **arguments: Unpack[Arguments]
+    ) -> None:
+        super().__init__(watched=watched, grace=grace, **arguments)
+        self.lost = asyncio.Event()
         self._db = check_source(db, scope=self._scope)
 
     async def check(self) -> None:
@@ -157,14 +167,28 @@ class AsyncLock(Life[AsyncSession]):
     async def _run(self, session: AsyncSession, steps: Steps[T], *, may_report: bool = False) -> T:
         return await session.run(steps, self._report_from_outside if may_report else None)
 
+    async def _ask(self, session: AsyncSession, steps: Steps[T]) -> T:
+        with AnswerDue(session.fileno()) as due:
+            timer = asyncio.get_running_loop().call_later(ANSWER_SECONDS, due.expire)
+            try:
+                return await session.run(steps)
+            finally:
+                timer.cancel()
+
     async def _leave(self, session: AsyncSession, *, granted: bool) -> None:
         await session.leave(granted=granted)
 
     async def _hang_up(self, session: AsyncSession) -> None:
         await session.close()
 
-    def _start_keeper(self, seconds: float) -> Keeper:
-        return _KeepAlive(self._still_held, seconds)
+    def _start_watcher(self, session: AsyncSession) -> Watcher:
+        return _Watch(session.fileno(), self.heartbeat, alive=self.stands, held=self._still_held)
+
+    def _tell_of_loss(self) -> None:
+        self.lost.set()
+
+    def _forget_loss(self) -> None:
+        self.lost.clear()
 
     async def _look_from_outside(self, lock: ServerLock) -> Look | None:
         if is_callers(self._db):
@@ -187,24 +211,44 @@ async def _to_its_end(coroutine: Coroutine[Any, Any, T], *, hasten: bool = False
     return await until_done(task, on_cancel=task.cancel if hasten else lambda: None)
 
 
-class _KeepAlive:
-    """A task that asks after a held lock now and then, until it is stopped or the lock is lost."""
+class _Watch:
+    """A task that asks after a held lock, until it is stopped or the lock is lost: `dblock.watch.Watch` for asyncio."""
 
-    def __init__(self, ask: Callable[[], Awaitable[bool]], seconds: float) -> None:
-        """Start asking, as `dblock.watch.KeepAlive` does."""
-        self._stop = asyncio.Event()
-        self._task = asyncio.create_task(self._run(ask, seconds), name="dblock keep-alive")
+    def __init__(
+        self, descriptor: int, heartbeat: float, *, alive: Callable[[], bool], held: Callable[[], Awaitable[bool]]
+    ) -> None:
+        """Start watching, as `dblock.watch.Watch` does."""
+        self._heartbeat = heartbeat or None
+        self._alive = alive
+        self._held = held
+        self._socket = duplicate(descriptor)
+        self._news = asyncio.Event()  # something can be read, or it is stopped
+        self._stopped = False
+        self._task = asyncio.create_task(self._run(), name="dblock watch")
 
     async def stop(self) -> None:
         """End it, and wait until it is gone. Cancelling it would break off a question, and with it the connection."""
-        self._stop.set()
+        self._stopped = True
+        self._news.set()
         await until_done(self._task, on_cancel=lambda: None)
 
-    async def _run(self, ask: Callable[[], Awaitable[bool]], seconds: float) -> None:
-        while True:
-            try:
-                await asyncio.wait_for(self._stop.wait(), seconds)
-            except asyncio.TimeoutError:
-                if await ask():
-                    continue
-            return
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while not self._stopped:
+                loop.add_reader(self._socket, self._news.set)
+                try:
+                    await asyncio.wait_for(self._news.wait(), self._heartbeat)
+                except asyncio.TimeoutError:
+                    still = await self._held()
+                else:
+                    loop.remove_reader(self._socket)  # or it would call again and again
+                    still = self._stopped or self._alive()
+                if not still:
+                    return
+                if self._news.is_set() and not self._stopped:
+                    self._news.clear()
+                    await asyncio.sleep(PAUSE_SECONDS)
+        finally:
+            loop.remove_reader(self._socket)
+            self._socket.close()

@@ -13,7 +13,7 @@ from dblock.aio_session import AsyncSession
 from dblock.errors import DatabaseError, UnsafeConnection
 from dblock.postgres import ENGINE, AdvisoryLock
 from dblock.protocol import Row, ServerLock, Wish
-from dblock.session import Loan, Scope, Session, has_input, hide_password, import_driver, one_line
+from dblock.session import Loan, Scope, Session, has_input, hide_password, import_driver, notice_dead_network, one_line
 
 if TYPE_CHECKING:
     import psycopg
@@ -35,6 +35,8 @@ class PsycopgSession(Session):
 
     def __init__(self, connection: psycopg.Connection[Any], loan: Loan | None = None) -> None:
         super().__init__(loan)
+        if loan is None:
+            notice_dead_network(connection.fileno())
         self._connection = connection
 
     def lock(self, wish: Wish) -> ServerLock:
@@ -86,6 +88,8 @@ class AsyncPsycopgSession(AsyncSession):
 
     def __init__(self, connection: psycopg.AsyncConnection[Any], loan: Loan | None = None) -> None:
         super().__init__(loan)
+        if loan is None:
+            notice_dead_network(connection.fileno())
         self._connection = connection
 
     def lock(self, wish: Wish) -> ServerLock:

@@ -34,6 +34,7 @@ from dblock.session import (
     has_input,
     hide_password,
     import_driver,
+    notice_dead_network,
     one_line,
 )
 
@@ -111,6 +112,8 @@ class PymssqlSession(Session):
             raise DatabaseError("the connection is closed")
 
         def wait_for_reply(socket: int) -> None:
+            if self._socket is None and self.loan is None:
+                notice_dead_network(socket)
             self._socket = socket
             wait(socket)
 

@@ -16,12 +16,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Hashable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from math import ceil
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypedDict, TypeVar
 
 from dblock import label, names
 from dblock.errors import AlreadyHeld, DatabaseError, LockLost, LockNotHeld, LockTimeout, UnsafeConnection
 from dblock.names import Key
 from dblock.protocol import (
+    ANSWER_SECONDS,
     Busy,
     Conditions,
     Holds,
@@ -43,6 +45,11 @@ S = TypeVar("S", bound=AnySession)
 
 MAX_TIMEOUT_SECONDS = 2147483
 MAX_SLOTS = 999
+MIN_HEARTBEAT_SECONDS = 0.1
+MAX_HEARTBEAT_SECONDS = 600
+
+SPARE_SECONDS = 5
+GRACE_SECONDS = 5
 
 _FAILED_TRANSACTION = "25P02"
 
@@ -64,8 +71,8 @@ _kept: set[Life[Any]] = set()
 _all: weakref.WeakSet[Life[Any]] = weakref.WeakSet()
 
 
-class Keeper(Protocol):
-    """Keeps a held lock's connection alive, until it is stopped."""
+class Watcher(Protocol):
+    """Watches a held lock's connection, until it is stopped."""
 
     async def stop(self) -> None: ...
 
@@ -78,7 +85,7 @@ class Hold(Generic[S]):
     holds: Holds
     by: int  # the process
     caller: Hashable  # the thread or task
-    keeper: Keeper | None = None
+    watcher: Watcher | None = None
     lost: str = ""  # why, once it is known
 
 
@@ -92,6 +99,7 @@ class Arguments(TypedDict):
     shared: bool
     slots: int | None
     scope: Scope
+    heartbeat: float
     database: str | None
     allow_session_pooler: bool
 
@@ -99,9 +107,9 @@ class Arguments(TypedDict):
 class Life(ABC, Generic[S]):
     """One lock, in the hand of one caller: see `dblock.lock.Lock` and `dblock.aio.AsyncLock`."""
 
-    def __init__(self, *, keep_alive: bool, **arguments: Unpack[Arguments]) -> None:
-        # keep_alive: whether the held lock's connection is kept alive where the server wants that. Otherwise the caller
-        # does, who calls `check` every `keep_alive_seconds`.
+    def __init__(self, *, watched: bool, grace: float, **arguments: Unpack[Arguments]) -> None:
+        # watched: whether the held lock's connection is watched. Otherwise the caller does so, and calls `check` every
+        # heartbeat. grace: how long what the lock guards may go on when its loss is known.
         for name in ("tenant", "database"):
             value = arguments[name]
             if value is not None and not isinstance(value, str):
@@ -116,8 +124,13 @@ class Life(ABC, Generic[S]):
         if self._scope not in ("session", "transaction"):
             raise ValueError(f"scope must be 'session' or 'transaction', not {self._scope!r}")
         _check_shape(arguments["shared"], arguments["slots"])
-        self._conditions = Conditions(arguments["database"], arguments["allow_session_pooler"])
-        self._keep_alive = keep_alive
+        self.heartbeat = check_heartbeat(arguments["heartbeat"])
+        self._conditions = Conditions(
+            arguments["database"],
+            arguments["allow_session_pooler"],
+            release_seconds(self.heartbeat, grace),
+        )
+        self._watched = watched
         wishes = [
             Wish(
                 names.key(name, self.step),
@@ -198,12 +211,6 @@ class Life(ABC, Generic[S]):
             return False
         return hold.session.alive() and not (self._scope == "transaction" and hold.session.in_transaction is False)
 
-    @property
-    def keep_alive_seconds(self) -> float | None:
-        """How long the server lets the held lock's connection be silent; None: for ever, or the lock is not held."""
-        hold = self._hold
-        return None if hold is None else hold.session.engine.keep_alive_seconds
-
     def fileno(self) -> int:
         """The descriptor of the held lock's socket: the server gives the lock back when its last copy is closed.
 
@@ -226,6 +233,10 @@ class Life(ABC, Generic[S]):
         """Run a generator; where it may, report from outside while it waits within one statement."""
 
     @abstractmethod
+    async def _ask(self, session: S, steps: Steps[T]) -> T:
+        """Run a generator that asks a light question; a server that does not answer it in time counts as dead."""
+
+    @abstractmethod
     async def _leave(self, session: S, *, granted: bool) -> None:
         """Be done with the connection."""
 
@@ -234,8 +245,16 @@ class Life(ABC, Generic[S]):
         """Close the connection, also the caller's."""
 
     @abstractmethod
-    def _start_keeper(self, seconds: float) -> Keeper:
-        """Begin to ask `_still_held` every so many seconds."""
+    def _start_watcher(self, session: S) -> Watcher:
+        """Begin to watch: news on the socket are for `stands`, and every heartbeat asks `_still_held`."""
+
+    @abstractmethod
+    def _tell_of_loss(self) -> None:
+        """Set the event that the user may wait for."""
+
+    @abstractmethod
+    def _forget_loss(self) -> None:
+        """Clear it: the lock is acquired anew."""
 
     @abstractmethod
     async def _look_from_outside(self, lock: ServerLock) -> Look | None:
@@ -287,12 +306,13 @@ class Life(ABC, Generic[S]):
             outcome = await self._run(session, steps, may_report=True)
             if isinstance(outcome, Busy):
                 return outcome
+            self._forget_loss()
             self._hold = Hold(session, outcome, os.getpid(), caller)
             _all.add(self)
             if session.loan is None:
                 _kept.add(self)
-                if self._keep_alive and session.engine.keep_alive_seconds is not None:
-                    self._hold.keeper = self._start_keeper(session.engine.keep_alive_seconds)
+                if self._watched:
+                    self._hold.watcher = self._start_watcher(session)
             kept = True
         except DatabaseError as error:
             raise DatabaseError(f"{self._name} not acquired: {error}", error.sqlstate) from error
@@ -313,8 +333,8 @@ class Life(ABC, Generic[S]):
             self._hold = None
         refused = False
         try:
-            if hold.keeper is not None:
-                await hold.keeper.stop()  # or it could find the lock given back, and take that for a loss
+            if hold.watcher is not None:
+                await hold.watcher.stop()  # or it could find the lock given back, and take that for a loss
             if hold.lost:
                 raise LockLost(f"{self._name} was lost while it was held: {hold.lost}")
             if self._scope == "transaction":
@@ -367,24 +387,39 @@ class Life(ABC, Generic[S]):
     async def _check(self) -> None:
         hold = self._own_hold()
         try:
-            if not hold.lost and await self._run(hold.session, check_all(hold.holds)):
+            ask = self._ask if hold.session.loan is None else self._run
+            if not hold.lost and await ask(hold.session, check_all(hold.holds)):
                 return
             why = "the server says that this session has it no more"
         except DatabaseError as error:
             why = str(error)
-        hold.lost = hold.lost or why
+        self._lose(hold, why)
         raise LockLost(f"{self._name} was lost while it was held: {hold.lost}")
 
     async def _still_held(self) -> bool:
-        """What the keeper asks. A loss is said at once, and raised where the holder next asks or releases."""
+        """What a watcher asks every heartbeat. A loss is raised where the holder next asks or releases."""
         try:
             await self._check()
-        except LockNotHeld:
-            return False
-        except LockLost as lost:
-            log.error("%s", lost)  # noqa: TRY400 - what, and not where
+        except (LockNotHeld, LockLost):
             return False
         return True
+
+    def stands(self) -> bool:
+        """Whether the held lock's connection stands, after news on its socket: what a watcher asks. Asks no server."""
+        hold = self._hold
+        if hold is None or hold.by != os.getpid() or hold.lost:
+            return False
+        if hold.session.alive():
+            return True
+        self._lose(hold, "the server has ended its connection")
+        return False
+
+    def _lose(self, hold: Hold[S], why: str) -> None:
+        """Remember the loss, and say so at once."""
+        if not hold.lost:
+            hold.lost = why
+            log.error("%s was lost while it was held: %s", self._name, why)
+            self._tell_of_loss()
 
     async def _forget_ended_transaction(self) -> None:
         """A lock that ended with its transaction is free to be acquired again, released or not."""
@@ -488,6 +523,33 @@ def check_timeout(timeout: float | None) -> float | None:
     if not 0 <= timeout <= MAX_TIMEOUT_SECONDS:  # also refuses NaN, which compares false
         raise ValueError(f"timeout must be between 0 and {MAX_TIMEOUT_SECONDS} seconds, or None; it is {timeout}")
     return max(float(timeout), 0.001) if timeout else 0.0
+
+
+def check_heartbeat(heartbeat: float) -> float:
+    """Check the seconds between two questions to the server.
+
+    Raises:
+        ValueError: it is neither 0 nor from 0.1 to 600.
+        TypeError: it is no number at all.
+    """
+    if isinstance(heartbeat, bool) or not isinstance(heartbeat, (int, float)):
+        raise TypeError(f"heartbeat must be a number of seconds, not {type(heartbeat).__name__}")
+    if heartbeat and not MIN_HEARTBEAT_SECONDS <= heartbeat <= MAX_HEARTBEAT_SECONDS:
+        raise ValueError(
+            f"heartbeat must be 0, or from {MIN_HEARTBEAT_SECONDS} to {MAX_HEARTBEAT_SECONDS} seconds; it is "
+            f"{heartbeat}"
+        )
+    return float(heartbeat)
+
+
+def release_seconds(heartbeat: float, grace: float) -> int:
+    """How long the server shall wait for a sign of life before it gives the lock back.
+
+    After a cut the holder knows within a heartbeat and `ANSWER_SECONDS`, and what the lock guards is at its end within
+    the grace after that. The server has last heard of the holder up to a heartbeat before the cut. So the lock goes to
+    nobody else before all is over, and some seconds more.
+    """
+    return ceil(2 * heartbeat + ANSWER_SECONDS + grace + SPARE_SECONDS)
 
 
 def _check_shape(shared: bool, slots: int | None) -> None:

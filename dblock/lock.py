@@ -10,10 +10,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from dblock.connect import check_source, connect, is_callers
-from dblock.life import UNSET, Arguments, Keeper, Life, Unset, at_once, check_timeout
-from dblock.protocol import Look, ServerLock, Steps, T
-from dblock.session import Scope, Session
-from dblock.watch import KeepAlive
+from dblock.life import GRACE_SECONDS, UNSET, Arguments, Life, Unset, Watcher, at_once, check_timeout
+from dblock.protocol import ANSWER_SECONDS, Look, ServerLock, Steps, T
+from dblock.session import AnswerDue, Scope, Session
+from dblock.watch import Watch
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack  # a type checker knows it; typing has it from 3.11 only
@@ -34,6 +34,7 @@ def lock(
     shared: bool = False,
     slots: int | None = None,
     scope: Scope = "session",
+    heartbeat: float = 10,
     database: str | None = None,
     allow_session_pooler: bool = False,
 ) -> Lock:
@@ -57,6 +58,9 @@ def lock(
         slots: at most so many at once, from 1 to 999, and none beside an exclusive holder; `Lock.slot` tells which.
         scope: ``"session"``: until the release. ``"transaction"``: until COMMIT or ROLLBACK of the transaction on the
             caller's connection; it works through a pooler in transaction mode too.
+        heartbeat: seconds between two questions to the server whether the lock is still held, from 0.1 to 600; 0: none.
+            Only on the lock's own connection, whose end is noticed at once without any. After a cut of the network the
+            server gives the lock back when it has heard nothing for two heartbeats and 15 seconds.
         database: the database that all callers agreed upon; any other is refused at the acquire.
         allow_session_pooler: the caller's word that the pooler in between is in session mode for this database
             (PostgreSQL).
@@ -65,7 +69,7 @@ def lock(
         A lock that is not held yet: use it as a context manager, as a decorator, or through `Lock.acquire`.
 
     Raises:
-        ValueError: a name, the timeout, the shape, the scope or db is not acceptable.
+        ValueError: a name, the timeout, the shape, the scope, the heartbeat or db is not acceptable.
         TypeError: an argument is of the wrong kind.
     """
     return Lock(
@@ -77,6 +81,7 @@ def lock(
         shared=shared,
         slots=slots,
         scope=scope,
+        heartbeat=heartbeat,
         database=database,
         allow_session_pooler=allow_session_pooler,
     )
@@ -87,10 +92,17 @@ class Lock(Life[Session]):
 
     It may be acquired and released again and again, by any thread, but held only once at a time. A child process
     made by fork does not hold its parent's lock.
+
+    Attributes:
+        lost: a `threading.Event`, set when it becomes known that the lock was lost while it was held. Nothing notices
+            that by itself on the caller's own connection: see `check`.
     """
 
-    def __init__(self, db: Source, *, keep_alive: bool = True, **arguments: Unpack[Arguments]) -> None:
-        super().__init__(keep_alive=keep_alive, **arguments)
+    def __init__(
+        self, db: Source, *, watched: bool = True, grace: float = GRACE_SECONDS, **arguments: Unpack[Arguments]
+    ) -> None:
+        super().__init__(watched=watched, grace=grace, **arguments)
+        self.lost = threading.Event()
         self._db = check_source(db, scope=self._scope)
 
     def check(self) -> None:
@@ -174,14 +186,31 @@ class Lock(Life[Session]):
     async def _run(self, session: Session, steps: Steps[T], *, may_report: bool = False) -> T:
         return session.run(steps, (lambda: at_once(self._report_from_outside())) if may_report else None)
 
+    async def _ask(self, session: Session, steps: Steps[T]) -> T:
+        with AnswerDue(session.fileno()) as due:
+            timer = threading.Timer(ANSWER_SECONDS, due.expire)
+            timer.daemon = True
+            timer.start()
+            try:
+                return session.run(steps)
+            finally:
+                timer.cancel()
+                timer.join()
+
     async def _leave(self, session: Session, *, granted: bool) -> None:
         session.leave(granted=granted)
 
     async def _hang_up(self, session: Session) -> None:
         session.close()
 
-    def _start_keeper(self, seconds: float) -> Keeper:
-        return KeepAlive(lambda: at_once(self._still_held()), seconds)
+    def _start_watcher(self, session: Session) -> Watcher:
+        return Watch(session.fileno(), self.heartbeat, alive=self.stands, held=lambda: at_once(self._still_held()))
+
+    def _tell_of_loss(self) -> None:
+        self.lost.set()
+
+    def _forget_loss(self) -> None:
+        self.lost.clear()
 
     async def _look_from_outside(self, lock: ServerLock) -> Look | None:
         if is_callers(self._db):

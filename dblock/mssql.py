@@ -67,8 +67,6 @@ ENGINE = Engine(
     current_database="SELECT DB_NAME()",
     inspect_settings="",
     entry_row=_entry_row,
-    # Azure SQL Database ends a connection that was idle for 30 minutes, and TCP's keepalive does not count there.
-    keep_alive_seconds=300.0,
 )
 
 

@@ -55,7 +55,11 @@ SLICE_SECONDS = 0.9
 
 # While it waits a session may be silent for this long; then the server ends it. A frozen or cut-off waiter would
 # otherwise keep its ticket, and with it stop everybody behind.
-WAITER_SILENCE_SECONDS = 5
+WAITER_SILENCE_SECONDS = 2
+
+# How the server finds out that a client is gone without a word: after a silence, by so many probes at such intervals.
+PROBES = 3
+PROBE_SECONDS = 5
 
 ENGINE = Engine(
     name="postgres",
@@ -68,7 +72,6 @@ ENGINE = Engine(
         SET LOCAL search_path = pg_catalog, pg_temp;
     """,
     entry_row=lambda row: row,
-    keep_alive_seconds=None,
 )
 
 
@@ -102,9 +105,8 @@ class AdvisoryLock:
         # A transaction has one backend, whatever stands in between.
         pooler_ok = conditions.allow_session_pooler or self.wish.in_transaction
         own_pid = None if pooler_ok else self._client_backend_pid
-        opened = Opened(
-            *(yield self._surroundings.opening(_describe_session(self._names, self._surroundings), own_pid))
-        )
+        description = _describe_session(self._names, self._surroundings)
+        opened = Opened(*(yield self._surroundings.opening(description, own_pid, conditions.release_seconds)))
         if opened.backend_pid != self._client_backend_pid and not pooler_ok:
             raise UnsafeConnection(
                 "a connection pooler stands between here and the server: in transaction or statement mode it gives "
@@ -342,18 +344,25 @@ class OwnSession:
     def __init__(self, server_version: int) -> None:
         self._server_version = server_version
 
-    def opening(self, description: str, own_pid: int | None) -> str:
+    def opening(self, description: str, own_pid: int | None, release_seconds: int) -> str:
         """The first message: what the session says of itself.
 
         The settings of role and database must not end a wait or an idle holder. search_path comes first: it decides
         which operators and functions every later statement means. Where another backend than own_pid replies, nothing
         is set beyond this message: the session is a pooler's, and its other clients would go on with it.
+
+        The server gives up a client that it has not heard of for release_seconds: probes find the end of a silent
+        network, and what it has sent itself it waits for as long.
         """
         settings = {
             "search_path": "pg_catalog, pg_temp",
             "statement_timeout": "0",
             "lock_timeout": "0",
             "idle_session_timeout": "0",
+            "tcp_keepalives_idle": str(max(1, release_seconds - PROBES * PROBE_SECONDS)),
+            "tcp_keepalives_interval": str(PROBE_SECONDS),
+            "tcp_keepalives_count": str(PROBES),
+            "tcp_user_timeout": f"{release_seconds}s",
         }
         if self._server_version >= 170000:
             settings["transaction_timeout"] = "0"
@@ -395,8 +404,8 @@ class OwnSession:
 class BorrowedSession(OwnSession):
     """The caller's session, in autocommit: each message is a transaction, and what is set in it ends with it."""
 
-    def opening(self, description: str, own_pid: int | None) -> str:  # noqa: ARG002 - nothing is set that lasts
-        return self.attempt(description)
+    def opening(self, description: str, own_pid: int | None, release_seconds: int) -> str:  # noqa: ARG002
+        return self.attempt(description)  # nothing is set that lasts
 
     def attempt(self, text: str) -> str:
         return f"{self._set_local()} {text}"
@@ -429,7 +438,7 @@ class InTransaction(OwnSession):
 
     _acquiring = False  # whether there is the savepoint
 
-    def opening(self, description: str, own_pid: int | None) -> str:  # noqa: ARG002 - nothing is set that lasts
+    def opening(self, description: str, own_pid: int | None, release_seconds: int) -> str:  # noqa: ARG002
         copy = ", ".join(
             f"pg_catalog.set_config('{self.copies}{name}', pg_catalog.current_setting('{name}'), true)"
             for name in ("search_path", "statement_timeout", "lock_timeout")
@@ -452,7 +461,7 @@ class InTransaction(OwnSession):
 
     def errand(self, text: str, lasting: str = "") -> str:
         if not self._acquiring:
-            return self.opening(text, None)
+            return self.opening(text, None, 0)
         return f"""
             ROLLBACK TO SAVEPOINT dblock;
             {lasting and f"RELEASE SAVEPOINT dblock; {lasting} SAVEPOINT dblock;"}

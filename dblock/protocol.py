@@ -23,6 +23,7 @@ from dblock.names import Key
 T = TypeVar("T")
 Row = tuple[Any, ...]
 
+ANSWER_SECONDS = 5  # how long an answer to a light question may take before the connection counts as dead
 REPORT_SECONDS = 30.0  # between two words about who is in the way
 
 # Between two looks for a free permit, by the one waiter who looks: soon at first, then more and more seldom.
@@ -99,10 +100,12 @@ class Conditions:
     Attributes:
         database: the database it must be, or None.
         allow_session_pooler: the caller's word that a pooler in between gives a session of its own.
+        release_seconds: when nothing is heard of the holder for so long, the server shall give its lock back.
     """
 
     database: str | None = None
     allow_session_pooler: bool = False
+    release_seconds: int = 35
 
 
 @dataclass(frozen=True)
@@ -303,11 +306,9 @@ class Engine:
         current_database: a message whose reply is the database's name.
         inspect_settings: a message that makes the session ready for ``inspect.sql``.
         entry_row: from a row of ``inspect.sql``, as the driver returns it, to the values of ``inspect.Entry``.
-        keep_alive_seconds: how long a session that holds a lock may be silent; None: for ever.
     """
 
     name: str
     current_database: str
     inspect_settings: str
     entry_row: Callable[[Row], Row]
-    keep_alive_seconds: float | None

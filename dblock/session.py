@@ -7,19 +7,22 @@ mean. ``aio_session.py`` has the same for asyncio.
 from __future__ import annotations
 
 import selectors
+import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from threading import RLock
 from typing import TYPE_CHECKING, Any, Literal
 
 from dblock.errors import DatabaseError
-from dblock.protocol import Engine, HangUp, Message, Pause, Row, ServerLock, Steps, T, Wait, Wish
+from dblock.protocol import ANSWER_SECONDS, Engine, HangUp, Message, Pause, Row, ServerLock, Steps, T, Wait, Wish
 
 if TYPE_CHECKING:
-    from types import ModuleType
+    from types import ModuleType, TracebackType
+
+    from typing_extensions import Self
 
 
 Scope = Literal["session", "transaction"]
@@ -156,11 +159,70 @@ class Session(AnySession):
         return rows[0] if rows else ()
 
 
-def has_input(socket: int) -> bool:
+def has_input(descriptor: int) -> bool:
     """Whether something can be read from a socket, be it its end."""
     with selectors.DefaultSelector() as selector:
-        selector.register(socket, selectors.EVENT_READ)
+        selector.register(descriptor, selectors.EVENT_READ)
         return bool(selector.select(timeout=0))
+
+
+def duplicate(descriptor: int) -> socket.socket:
+    """Another descriptor of the same socket: the connection's own may be closed, and its number become another's."""
+    return socket.fromfd(descriptor, socket.AF_INET, socket.SOCK_STREAM)
+
+
+class AnswerDue:
+    """Ends a connection on which an answer has not come in time: whoever waits for it then gets the driver's error.
+
+    As a context manager it stands around the waiting; somebody else calls `expire` after ``ANSWER_SECONDS``.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._socket = duplicate(descriptor)
+        self._expired = False
+
+    def expire(self) -> None:
+        """End the connection. It is still the driver's to be closed."""
+        self._expired = True
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._socket.close()
+        if self._expired and isinstance(error, DatabaseError):
+            raise DatabaseError(f"the server did not answer within {ANSWER_SECONDS} s") from error
+
+
+def notice_dead_network(descriptor: int) -> None:
+    """Let the operating system end a connection whose other side has fallen silent, as far as it can.
+
+    Data that nobody confirms and probes that nobody answers count, and not how long the server thinks.
+
+    Args:
+        descriptor: a connection's socket.
+    """
+    options = [
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        *(
+            (socket.IPPROTO_TCP, getattr(socket, name), value)
+            for name, value in (
+                ("TCP_KEEPIDLE", ANSWER_SECONDS),
+                ("TCP_KEEPINTVL", 2),
+                ("TCP_KEEPCNT", 3),
+                ("TCP_USER_TIMEOUT", ANSWER_SECONDS * 1000),
+            )
+            if hasattr(socket, name)
+        ),
+    ]
+    with closing(duplicate(descriptor)) as connection:
+        for option in options:
+            with suppress(OSError):  # not TCP, but a socket of the file system
+                connection.setsockopt(*option)
 
 
 def one_line(text: str) -> str:

@@ -180,27 +180,24 @@ def test_context_info_is_restored(monkeypatch: pytest.MonkeyPatch, before: bytes
         pass
 
 
-def test_the_held_connection_is_kept_alive(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_held_connection_is_asked_after(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     asked = Line(r"^SELECT APPLOCK_MODE\('public', N'dblock:3736245238665493732', 'Session'\);$", [("Exclusive",)])
-    monkeypatch.setattr(mssql, "ENGINE", mssql.ENGINE)
-    monkeypatch.setattr(driver_pymssql.PymssqlSession, "engine", _every(0.01))
     script = [OPEN, tried([(0, None)]), asked, asked, Line(asked.asks, [("NoLock",)])]
-    held = lock()
+    held = dblock.lock(URL, target="web-01", step="b", heartbeat=0.1)
     with scripted(monkeypatch, script):
         held.acquire()
-        keeper = next(thread for thread in threading.enumerate() if thread.name == "dblock keep-alive")
-        keeper.join(30)
+        assert held.lost.wait(30)
         assert not held.held
         assert "b@web-01 was lost while it was held" in caplog.text
         with pytest.raises(dblock.LockLost, match="has it no more"):
             held.release()
 
 
-def test_no_keep_alive_outlives_its_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_watch_outlives_its_lock(monkeypatch: pytest.MonkeyPatch) -> None:
     with scripted(monkeypatch, [OPEN, tried([(0, None)]), RELEASED]):
         with lock():
-            (keeper,) = [thread for thread in threading.enumerate() if thread.name == "dblock keep-alive"]
-        assert not keeper.is_alive()
+            (watch,) = [thread for thread in threading.enumerate() if thread.name == "dblock watch"]
+        assert not watch.is_alive()
 
 
 def test_check(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,9 +212,3 @@ def test_check(monkeypatch: pytest.MonkeyPatch) -> None:
             held.release()
     with pytest.raises(dblock.LockNotHeld):
         held.check()
-
-
-def _every(seconds: float) -> object:
-    from dataclasses import replace
-
-    return replace(mssql.ENGINE, keep_alive_seconds=seconds)

@@ -17,8 +17,9 @@ Hold the lock for one step on one target while a command runs, and exit with the
 
 The command runs without a shell, in a process group of its own. Signals (INT, TERM, HUP, QUIT, USR1, USR2) reach all
 of the group; while the lock is waited for they end the wait. Should dblock run itself be killed, the whole group is
-killed before the lock is free. Processes that leave the group (setsid, daemons) are not, and those that the command
-leaves behind when it ends go on without the lock.
+killed before the lock is free. Where the lock is lost, the group gets TERM, and KILL after --grace. Processes that
+leave the group (setsid, daemons) are not ended, and those that the command leaves behind when it ends go on without
+the lock.
 
 The command finds DBLOCK_HELD=1, DBLOCK_KEY, DBLOCK_TARGET, DBLOCK_STEP, DBLOCK_TENANT (empty where none is given) and
 DBLOCK_SLOT (empty without --slots) in its environment, and does not find DBLOCK_URL. Where there are several targets,
@@ -69,6 +70,21 @@ def add(commands: Any) -> None:
         default=75,
         help="the exit code where the lock was not acquired in time (default: %(default)s)",
     )
+    parser.add_argument(
+        "--heartbeat",
+        metavar="DURATION",
+        type=_duration,
+        default=10.0,
+        help="how often to ask the server whether the lock is still held, from 100ms to 10m; 0: never (default: 10s). "
+        "A connection that the server ends is noticed at once all the same",
+    )
+    parser.add_argument(
+        "--grace",
+        metavar="DURATION",
+        type=_duration,
+        default=5.0,
+        help="how long the command may take to end by SIGTERM when the lock is lost; then it is killed (default: 5s)",
+    )
     parser.set_defaults(handler=handle, takes_command=True)
 
 
@@ -94,7 +110,9 @@ def handle(args: argparse.Namespace) -> int:
         scope="session",
         database=options.value(args, "database"),
         allow_session_pooler=args.allow_session_pooler,
-        keep_alive=False,  # the loop that waits for the command does that: no thread lives where it is forked off
+        heartbeat=args.heartbeat,
+        watched=False,  # the loop that waits for the command does that: no thread lives where it is forked off
+        grace=args.grace,
     )
     _log_to_stderr()
     code: int | None = None
@@ -104,7 +122,7 @@ def handle(args: argparse.Namespace) -> int:
                 signals.interrupting = False
                 with Watcher(lock.fileno()) as watcher:
                     environment = _environment(lock, tenant, url if args.pass_url else None)
-                    code = process.run(args.command, environment, signals, watcher, lock)
+                    code = process.run(args.command, environment, signals, watcher, lock, grace=args.grace)
                 # What hangs now is the giving back, and it may be left to the end of the connection.
                 signals.interrupting = True
         except dblock.LockLost as lost:
@@ -151,6 +169,14 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:  # most of the real-time signals have no name
         return f"signal {number}"
+
+
+def _duration(text: str) -> float:
+    try:
+        seconds = options.duration(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return seconds or 0.0
 
 
 def _exit_code(text: str) -> int:
