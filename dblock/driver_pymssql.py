@@ -26,7 +26,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from dblock.aio_session import AsyncSession, until_done
 from dblock.errors import DatabaseError, UnsafeConnection
 from dblock.mssql import ENGINE, AppLock
-from dblock.protocol import REPORT_SECONDS, Row, ServerLock, Steps, T, Wait, WaitOver, Wish
+from dblock.protocol import ANSWER_SECONDS, REPORT_SECONDS, Row, ServerLock, Steps, T, Wait, WaitOver, Wish
 from dblock.session import (
     Loan,
     Scope,
@@ -45,8 +45,10 @@ if TYPE_CHECKING:
 # would end a wait for a lock by closing the connection.
 _OPTIONS = ("appname", "encryption", "login_timeout", "tds_version")
 
-# How long after the deadline the server's own word is waited for: it ends the wait in good order, and says so.
+# How long after the deadline the server's own word is waited for: it ends the wait in good order, and says so. Without it
+# the connection must be closed, which a caller would mind more than a wait that is a little long.
 _SERVER_GRACE_SECONDS = 0.02
+_SERVER_GRACE_ON_LOAN_SECONDS = ANSWER_SECONDS
 
 # Windows wakes nobody who waits for a socket when a signal arrives.
 _LONGEST_NAP_SECONDS = 0.05 if os.name == "nt" else None
@@ -71,10 +73,9 @@ class PymssqlSession(Session):
         return self._send(text, lambda reply: _wait_for_reply(reply, interrupted=self._interrupted))
 
     def wait(self, message: Wait, meanwhile: Callable[[], None] | None) -> list[Row]:
-        return self._send(
-            message.text,
-            lambda reply: _wait_for_reply(reply, message.deadline, meanwhile, self._interrupted),
-        )
+        grace = _SERVER_GRACE_SECONDS if self.loan is None else _SERVER_GRACE_ON_LOAN_SECONDS
+        give_up = None if message.deadline is None else message.deadline + grace
+        return self._send(message.text, lambda reply: _wait_for_reply(reply, give_up, meanwhile, self._interrupted))
 
     @property
     def in_transaction(self) -> None:
@@ -363,17 +364,16 @@ class _Interrupted(BaseException):
 
 def _wait_for_reply(
     reply: int,
-    deadline: float | None = None,
+    give_up: float | None = None,
     meanwhile: Callable[[], None] | None = None,
     interrupted: socket.socket | None = None,
 ) -> None:
     """Return when the server's reply arrives. Whatever is raised here, a signal's exception too, ends the wait.
 
     Raises:
-        WaitOver: the deadline has passed, and the server did not say so itself.
+        WaitOver: it is time to give up.
         _Interrupted: something can be read from the given socket.
     """
-    give_up = None if deadline is None else deadline + _SERVER_GRACE_SECONDS
     next_report = time.monotonic() + REPORT_SECONDS if meanwhile else None
     with selectors.DefaultSelector() as selector:
         selector.register(reply, selectors.EVENT_READ)

@@ -94,16 +94,17 @@ def test_excludes_as_the_table_says(
 def test_waits_and_times_out(backend: Backend, caller: Caller, shape: str, hand: Hand) -> None:
     """A timeout leaves nothing behind, and the caller's connection goes on; a wait ends with the holder's release."""
     holder = dblock.lock(backend.url, target="web-01", step="b", tenant="T0")
-    holder.acquire()
-    before = backend.all_rows()
-    assert hand.take(timeout=0.3, **wishes(shape)) is None
-    wait_until(lambda: backend.all_rows() == before, "nothing but the holder's lock")
-    if not caller.own:
-        hand.say("SELECT 1")  # begins the transaction, where there is none
+    with holder:
+        before = backend.all_rows()
         assert hand.take(timeout=0.3, **wishes(shape)) is None
-        assert hand.say("SELECT 1") == [(1,)]
         wait_until(lambda: backend.all_rows() == before, "nothing but the holder's lock")
+        if not caller.own:
+            hand.say("SELECT 1")  # begins the transaction, where there is none
+            assert hand.take(timeout=0.3, **wishes(shape)) is None
+            assert hand.say("SELECT 1") == [(1,)]
+            wait_until(lambda: backend.all_rows() == before, "nothing but the holder's lock")
 
+    holder.acquire()
     with released_for_a_waiter(backend, holder):
         lock = hand.take(timeout=30, **wishes(shape))
     assert lock is not None
