@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 # would end a wait for a lock by closing the connection.
 _OPTIONS = ("appname", "encryption", "login_timeout", "tds_version")
 
-# How long after the deadline the server's own word is waited for: it ends the wait in good order, and says so. Without it
-# the connection must be closed, which a caller would mind more than a wait that is a little long.
+# How long after the deadline the server's own word is waited for: it ends the wait in good order, and says so. Without
+# it the connection must be closed, which a caller would mind more than a wait that is a little long.
 _SERVER_GRACE_SECONDS = 0.02
 _SERVER_GRACE_ON_LOAN_SECONDS = ANSWER_SECONDS
 

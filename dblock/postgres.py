@@ -53,6 +53,10 @@ _TIME_WIDTH = 10  # of an epoch in seconds, until the year 2286
 # in slices, and slices stay below deadlock_timeout: above it, the server kills innocent waiters in just that case.
 SLICE_SECONDS = 0.9
 
+# But then no wait lasts until the server looks for deadlocks. A caller's session that holds more than its place in the
+# queue could be in one, so there every so many slices one is longer than deadlock_timeout.
+LONG_SLICE_EVERY = 4
+
 # While it waits a session may be silent for this long; then the server ends it. A frozen or cut-off waiter would
 # otherwise keep its ticket, and with it stop everybody behind.
 WAITER_SILENCE_SECONDS = 2
@@ -98,6 +102,8 @@ class AdvisoryLock:
             else BorrowedSession(server_version)
         )
         self._slice_seconds = SLICE_SECONDS
+        self._long_slice_seconds: float | None = None
+        self._slices = 0
         self._application_name = ""
         self._ticket: Ticket | None = None
 
@@ -134,8 +140,10 @@ class AdvisoryLock:
                 f"the lock was granted. Use READ COMMITTED"
             )
         if opened.already_held:
-            raise AlreadyHeld(already_held(own=type(self._surroundings) is OwnSession))
+            raise AlreadyHeld(already_held(own=not self._surroundings.borrowed))
         self._slice_seconds = min(SLICE_SECONDS, 0.9 * opened.deadlock_timeout_seconds)
+        # Longer by what the server needs to look.
+        self._long_slice_seconds = opened.deadlock_timeout_seconds + 0.3 if opened.holds_others else None
         self._application_name = opened.settings[0]
         self._surroundings.found = Settings(*opened.settings)
 
@@ -257,10 +265,14 @@ class AdvisoryLock:
 
         Never 0, which the server takes for "without limit".
         """
+        self._slices += 1
+        seconds = self._slice_seconds
+        if self._long_slice_seconds is not None and self._slices % LONG_SLICE_EVERY == 0:
+            seconds = self._long_slice_seconds
         if deadline is None:
-            return ceil(self._slice_seconds * 1000)
+            return ceil(seconds * 1000)
         remaining = deadline - time.monotonic()
-        return ceil(min(self._slice_seconds, remaining) * 1000) if remaining > 0 else None
+        return ceil(min(seconds, remaining) * 1000) if remaining > 0 else None
 
 
 @dataclass(frozen=True)
@@ -329,6 +341,7 @@ class OwnSession:
         local: the third argument of set_config, for what lasts as long as the lock.
         scope: what the names of the functions that take a lock have in the middle.
         silence: which setting limits how long the session may be silent while it waits.
+        borrowed: whether it is the caller's.
         waits_apart: whether a wait in the queue needs a message of its own, so that what it takes goes back at once.
         copies: what the names of settings begin with, under which the message that opens finds the caller's.
         found: the settings before the lock came.
@@ -337,6 +350,7 @@ class OwnSession:
     local = "false"
     scope = ""
     silence = "idle_session_timeout"
+    borrowed = False
     waits_apart = False
     copies = ""
     found = Settings("", "", "0", "0", "0")
@@ -404,6 +418,8 @@ class OwnSession:
 class BorrowedSession(OwnSession):
     """The caller's session, in autocommit: each message is a transaction, and what is set in it ends with it."""
 
+    borrowed = True
+
     def opening(self, description: str, own_pid: int | None, release_seconds: int) -> str:  # noqa: ARG002
         return self.attempt(description)  # nothing is set that lasts
 
@@ -433,6 +449,7 @@ class InTransaction(OwnSession):
     local = "true"
     scope = "_xact"
     silence = "idle_in_transaction_session_timeout"
+    borrowed = True
     waits_apart = True
     copies = "dblock.found_"
 
@@ -512,6 +529,7 @@ class Opened(NamedTuple):
     isolation: str
     already_held: bool
     deadlock_timeout_seconds: float
+    holds_others: bool
     settings: list[str]
 
 
@@ -525,6 +543,7 @@ def _describe_session(lock: LockNames, around: OwnSession) -> str:
                current_setting('transaction_isolation'),
                {_own_lock(lock.key)},
                extract(epoch FROM current_setting('deadlock_timeout')::interval)::float8,
+               {_holds_others() if around.borrowed else "false"},
                ARRAY[current_setting('application_name'),
                      current_setting('{around.copies}search_path'),
                      current_setting('{around.copies}statement_timeout'),
@@ -785,6 +804,14 @@ def _own_lock(key: int) -> str:
     return (
         f"EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1 AND pid = pg_backend_pid()"
         f" AND granted AND classid = {classid} AND objid = {objid})"
+    )
+
+
+def _holds_others() -> str:
+    """Whether the session holds what somebody could wait for. Reading pg_locks itself takes the weakest lock only."""
+    return (
+        "EXISTS (SELECT FROM pg_locks WHERE pid = pg_backend_pid() AND granted"
+        " AND locktype IN ('advisory', 'relation', 'transactionid') AND mode <> 'AccessShareLock')"
     )
 
 

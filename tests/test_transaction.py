@@ -339,3 +339,64 @@ def test_through_a_pooler_in_transaction_mode(postgres: Postgres) -> None:
             assert connection.execute("SHOW application_name").fetchone() == ("",)
             for name, value in (("lock_timeout", "0"), ("search_path", '"$user", public')):
                 assert connection.execute(f"SHOW {name}".encode()).fetchone() == (value,)
+
+
+# --- deadlocks --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["session", "transaction"])
+@pytest.mark.parametrize("shape", [{}, {"shared": True}], ids=str)
+def test_a_real_deadlock_is_found(postgres: Postgres, scope: Any, shape: dict[str, Any]) -> None:
+    """Two callers take two locks the wrong way round, each on one connection: one of them is told, none waits on."""
+    both_hold = threading.Barrier(2, timeout=60)
+
+    def work(first: str, second: str) -> str:
+        with (
+            psycopg.connect(postgres.url, autocommit=scope == "session") as connection,
+            dblock.lock(connection, target=first, step="b", scope=scope),
+        ):
+            both_hold.wait()
+            try:
+                with dblock.lock(connection, target=second, step="b", scope=scope, **shape):
+                    return "held"
+            except dblock.LockDeadlock:
+                return "deadlock"
+
+    with ThreadPoolExecutor(2) as pool:
+        working = [pool.submit(work, "web-01", "web-02"), pool.submit(work, "web-02", "web-01")]
+        assert sorted(future.result(60) for future in working) == ["deadlock", "held"]
+    wait_until(lambda: not postgres.all_rows(), "the locks to be gone")
+
+
+def test_a_deadlock_with_a_table(postgres: Postgres) -> None:
+    """The lock's waiter has changed a row which the lock's holder wants to change."""
+    with psycopg.connect(postgres.url, autocommit=True) as owner:
+        owner.execute("DROP TABLE IF EXISTS contended")
+        owner.execute("CREATE TABLE contended AS SELECT 0 AS number")
+    changed = threading.Barrier(2, timeout=60)
+
+    def holder() -> str:
+        with psycopg.connect(postgres.url) as connection, lock(connection):
+            changed.wait()
+            try:
+                connection.execute("UPDATE contended SET number = 1")
+            except psycopg.errors.DeadlockDetected:
+                return "deadlock"
+            return "changed"
+
+    def waiter() -> str:
+        with psycopg.connect(postgres.url) as connection:
+            connection.execute("UPDATE contended SET number = 2")
+            changed.wait()
+            try:
+                lock(connection).acquire()
+            except dblock.LockDeadlock:
+                connection.rollback()
+                return "deadlock"
+            return "held"
+
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = [future.result(60) for future in (pool.submit(holder), pool.submit(waiter))]
+    assert "deadlock" in outcomes
+    with psycopg.connect(postgres.url, autocommit=True) as owner:
+        owner.execute("DROP TABLE contended")
