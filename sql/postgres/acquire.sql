@@ -161,10 +161,11 @@ BEGIN
     in_transaction := wished_scope = 'transaction';
     shared := wished_shared = 'on' OR wished_slots <> '';
 
-    -- dblock.held lists the locks that this script took in this session, the last one last: each with its key and what else
-    -- release.sql needs, its label, and the application_name that stood there before. It is believed where every advisory lock of the session is in
-    -- it, each entry was made on top of the one before it, and the last one's label is the session's name. Behind a pooler
-    -- in transaction mode list and locks belong to the backend, but the name to the client.
+    -- dblock.held lists the locks that this script took in this session, the last one last: each with its key and what
+    -- else release.sql needs, its label, and the application_name that stood there before. It is believed where every
+    -- advisory lock of the session is in it, each entry was made on top of the one before it, and the last one's label is
+    -- the session's name. Behind a pooler in transaction mode list and locks belong to the backend, but the name to the
+    -- client.
     BEGIN
         held := COALESCE(NULLIF(pg_catalog.current_setting('dblock.held', true), ''), '[]');
         IF NOT EXISTS (SELECT FROM pg_catalog.pg_locks AS l
@@ -191,9 +192,9 @@ BEGIN
         believed := false;
         held := '[]';
     END IF;
-    -- A name with which the connection itself began is no other client's: PgBouncer begins its connections without one, and
-    -- gives them a client's name later, unless that client has none, who then finds the last client's on the backend. An
-    -- entry of a transaction is of this one: it ends as its lock does.
+    -- A name with which the connection itself began is no other client's: PgBouncer begins its connections without one,
+    -- and gives them a client's name later, unless that client has none, who then finds the last client's on the backend.
+    -- An entry of a transaction is of this one: it ends as its lock does.
     explained := believed AND (held = '[]' OR held #>> '{0,scope}' = 'transaction'
                                OR held #>> '{0,before}' <> '' AND held #>> '{0,before}' = (
                      SELECT s.reset_val FROM pg_catalog.pg_settings AS s WHERE s.name = 'application_name'));
