@@ -277,6 +277,22 @@ def test_shared_waiters_are_served_together(connect: Connect, observer: Connecti
 # --- slots ------------------------------------------------------------------------------------------------------------
 
 
+def test_an_index_is_built_concurrently_while_somebody_looks_for_a_slot(
+    connect: Connect, observer: Connection, waiting: Waiting
+) -> None:
+    holder, waiter = connect(), connect()
+    run(observer, "CREATE TABLE public.number (n int)")
+    try:
+        acquire(holder, slots(1))
+        future = waiting.begin(waiter, slots(1))
+        run(observer, "SET statement_timeout = '30s'", "CREATE INDEX CONCURRENTLY ON public.number (n)")
+        assert not future.done()
+        run(holder, RELEASE)
+        future.result(PATIENCE_SECONDS)
+    finally:
+        run(observer, "DROP TABLE public.number")
+
+
 def test_no_number_twice_and_at_most_so_many(connect: Connect, threads: ThreadPoolExecutor) -> None:
     inside: set[str] = set()
     violations: list[object] = []

@@ -423,7 +423,10 @@ def test_hostile_schema(
 def test_cancel_aimed_at_the_grant(
     connect: Connect, observer: Connection, threads: ThreadPoolExecutor, shape: str, explained: bool
 ) -> None:
-    """Either the script says that it holds the lock, and does; or nothing is left, also where the session goes on."""
+    """Either the script says that it holds the lock, and does; or nothing is left, also where the session goes on.
+
+    There a second cancel hits while the first is dealt with.
+    """
     random, tally, wish = Random(7), Counter[bool](), SHAPES[shape]
     holder, waiter = connect(), connect()
     for _ in range(100):
@@ -439,18 +442,50 @@ def test_cancel_aimed_at_the_grant(
         run(holder, "COMMIT")
         spin(random.uniform(0, 0.006))
         run(observer, f"SELECT pg_cancel_backend({pid(waiter)})")
+        if not explained:
+            spin(random.uniform(0, 0.0004))
+            run(observer, f"SELECT pg_cancel_backend({pid(waiter)})")
         error = future.exception(PATIENCE_SECONDS)
         tally[error is None] += 1
-        if error is None:
-            # What a cancel hits that came too late for the script.
-            with suppress(psycopg.errors.QueryCanceled):
-                run(waiter, "SELECT pg_sleep(0.001)")
-            run(waiter, "ROLLBACK")
-        elif not explained:
+        # What a cancel hits that came too late for the script.
+        with suppress(psycopg.Error):
+            run(waiter, "SELECT pg_sleep(0.001)")
+        if error is None or not explained:
             run(waiter, "ROLLBACK")
         wait_until(lambda before=before: locks(observer) == before, "what the waiter had taken")  # type: ignore[misc]
         run(waiter, "SELECT pg_advisory_unlock_all()") if not explained else waiter.close()
     assert min(tally[True], tally[False]) > 5, tally
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_waiter_that_is_terminated_leaves_nothing(
+    connect: Connect, observer: Connection, threads: ThreadPoolExecutor, shape: str
+) -> None:
+    holder, waiter = connect(), connect()
+    begin(holder)
+    future = threads.submit(begin, waiter, SHAPES[shape], None)
+    wait_until(lambda: waiters(observer) == [pid(waiter)], "the waiter in the queue")
+    run(observer, f"SELECT pg_terminate_backend({pid(waiter)})")
+    assert isinstance(future.exception(PATIENCE_SECONDS), psycopg.errors.AdminShutdown)
+    wait_until(lambda: locks(observer) == expected(holder, EXCLUSIVE), "the waiter's locks to be gone")
+
+
+def test_a_deadlock_with_a_row(connect: Connect, observer: Connection, threads: ThreadPoolExecutor) -> None:
+    """The waiter has a row that the holder wants: the server ends the holder's wait, since the waiter's is cut."""
+    run(observer, "CREATE TABLE public.number (n int); INSERT INTO public.number VALUES (0)")
+    try:
+        holder, waiter = connect(), connect()
+        begin(holder)
+        run(waiter, "BEGIN", "UPDATE public.number SET n = 1", wishes(None, None))
+        future = threads.submit(run, waiter, ACQUIRE)
+        wait_until(lambda: waiters(observer) == [pid(waiter)], "the waiter in the queue")
+        with pytest.raises(psycopg.errors.DeadlockDetected):
+            run(holder, "UPDATE public.number SET n = 2")
+        run(holder, "ROLLBACK")
+        future.result(PATIENCE_SECONDS)
+        run(waiter, "COMMIT")
+    finally:
+        run(observer, "DROP TABLE public.number")
 
 
 def test_statement_timeout_ends_no_wait(connect: Connect, observer: Connection, threads: ThreadPoolExecutor) -> None:

@@ -30,8 +30,8 @@ psql        psql -v ON_ERROR_STOP=1 \
 in one      psql -1 -v ON_ERROR_STOP=1 \
 transaction      -c "set local dblock.target = 'web-01'" -c "set local dblock.step = 'b'" \
                  -c "set local dblock.scope = 'transaction'" -f acquire.sql -f b.sql
-            or the same between BEGIN and COMMIT. The settings belong inside: there they take the same way through a pooler, and
-            what was set before BEGIN would be back after a ROLLBACK
+            or the same between BEGIN and COMMIT. The settings belong inside: there they take the same way through a
+            pooler, and what was set before BEGIN would be back after a ROLLBACK
 a driver    on one connection in autocommit, each line a command of its own:
                 SELECT set_config('dblock.target', 'web-01', false), set_config('dblock.step', 'b', false)
                 the text of this file                -- one statement; mind the driver's own command timeout
@@ -57,6 +57,9 @@ client to another: through one, use nothing but scope transaction in transaction
 
 Who waits in a transaction holds back vacuum in the whole database, and CREATE INDEX CONCURRENTLY until the transaction ends;
 who waits outside of one does not.
+
+Several locks: take them in ascending order of their keys, everywhere. Two who wait here for each other are no deadlock that
+the server sees.
 
 How a lock is shown, and how to free it: inspect.sql, force_release.sql.
 */
@@ -370,171 +373,185 @@ BEGIN
     -- In slices. Each is a block that ends in an error, which takes back the transaction's locks but not the session's. Waits
     -- take only the transaction's: where a cancel meets the grant of a session's lock, the error leaves it behind.
     --
-    -- After each slice a COMMIT ends the snapshot too. In a transaction there is none, so the session's locks must not be left
-    -- to a cancel that hits between two slices: the outer block, which catches that, has all of them in it.
+    -- After each slice a COMMIT ends the snapshot too. In a transaction there is none, and the session would outlive a cancel
+    -- that hits between two slices, with what it has of the queue. So there all slices are in one block more, which catches
+    -- that, and also a second cancel that hits while the first is dealt with.
     finished := failure IS NOT NULL;
     WHILE NOT finished LOOP
         BEGIN
             LOOP
-                -- Who is in the way: for the error at the end of the time, and for a notice at once and every 30 seconds.
-                IF failure IS NULL AND tried AND pg_catalog.clock_timestamp()
-                                                 >= LEAST(deadline, CASE WHEN ticket IS NOT NULL THEN report_due END) THEN
-                    report_due := pg_catalog.clock_timestamp() + interval '30 s';
-                    PERFORM pg_catalog.pg_stat_clear_snapshot();    -- names are read once in a transaction
-                    SELECT CASE
-                               WHEN holder.others IS NULL THEN 'nobody holds it at this moment'
-                               WHEN holder.pid IS NULL    THEN 'held by a prepared transaction'
-                               WHEN holder.believed
-                                   THEN CASE holder.tenant WHEN '-' THEN 'held by a session'
-                                                           ELSE 'held by tenant ' || holder.tenant END
-                                        || ' (pid ' || holder.pid || COALESCE(', host ' || holder.host, '') || ') since '
-                                        || pg_catalog.to_char(holder.since,
-                                               CASE WHEN holder.since::date = pg_catalog.clock_timestamp()::date
-                                                    THEN 'HH24:MI:SS' ELSE 'YYYY-MM-DD HH24:MI:SS' END)
-                               ELSE 'held by a session (pid ' || holder.pid
-                                    || COALESCE(', application ' || NULLIF(holder.name, ''), '')
-                                    || COALESCE(', host ' || holder.host, '') || ')'
-                           END
-                           || CASE WHEN holder.others > 1 THEN ' and ' || holder.others || ' others'
-                                   WHEN holder.others = 1 THEN ' and 1 other' ELSE '' END
-                           || CASE WHEN queue.ahead > 0 THEN '; ' || queue.ahead || ' ahead' ELSE '' END
-                    INTO obstacle
-                    FROM (SELECT pg_catalog.count(*) AS ahead
-                          FROM pg_catalog.pg_locks AS l
-                          WHERE l.locktype = 'advisory' AND l.objsubid = 2 AND l.granted AND l.mode = 'ExclusiveLock'
-                            AND l.classid::bigint = high_unsigned AND l.database = this_database
-                            AND l.objid::bigint BETWEEN 1 AND COALESCE(ticket::bigint - 1, 2147483647)) AS queue
-                    LEFT JOIN LATERAL (
-                          SELECT l.pid, a.application_name AS name, said.tenant, said.since, said.believed,
-                                 COALESCE(a.client_hostname, pg_catalog.host(a.client_addr),
-                                          CASE WHEN a.client_port = -1 THEN 'local' END) AS host,
-                                 pg_catalog.count(*) OVER () - 1 AS others
-                          FROM pg_catalog.pg_locks AS l
-                          LEFT JOIN pg_catalog.pg_stat_activity AS a ON a.pid = l.pid
-                          LEFT JOIN LATERAL (
-                                SELECT field[2] AS tenant, pg_catalog.to_timestamp(field[1]::float8) AS since,
-                                       pg_catalog.starts_with(encoded[3], pg_catalog.rtrim(field[3], '~'))
-                                       AND pg_catalog.starts_with(encoded[2], pg_catalog.rtrim(field[4], '~')) AS believed
-                                FROM pg_catalog.regexp_match(
-                                    a.application_name, '^dblock1 ([0-9]{1,12}) ([^ ]+) ([^ ]+) ([^ ]+)$') AS field
-                                ) AS said ON true
-                          WHERE l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted AND l.database = this_database
-                            AND (l.classid::bigint << 32) | l.objid::bigint = key
-                          ORDER BY said.believed DESC NULLS LAST, said.since, l.pid
-                          LIMIT 1) AS holder ON true;
+                BEGIN
+                    -- Who is in the way: for the error at the end of the time, and for a notice at once and every 30 seconds.
+                    IF failure IS NULL AND tried AND pg_catalog.clock_timestamp()
+                                                     >= LEAST(deadline, CASE WHEN ticket IS NOT NULL THEN report_due END) THEN
+                        report_due := pg_catalog.clock_timestamp() + interval '30 s';
+                        PERFORM pg_catalog.pg_stat_clear_snapshot();    -- names are read once in a transaction
+                        SELECT CASE
+                                   WHEN holder.others IS NULL THEN 'nobody holds it at this moment'
+                                   WHEN holder.pid IS NULL    THEN 'held by a prepared transaction'
+                                   WHEN holder.believed
+                                       THEN CASE holder.tenant WHEN '-' THEN 'held by a session'
+                                                               ELSE 'held by tenant ' || holder.tenant END
+                                            || ' (pid ' || holder.pid || COALESCE(', host ' || holder.host, '') || ') since '
+                                            || pg_catalog.to_char(holder.since,
+                                                   CASE WHEN holder.since::date = pg_catalog.clock_timestamp()::date
+                                                        THEN 'HH24:MI:SS' ELSE 'YYYY-MM-DD HH24:MI:SS' END)
+                                   ELSE 'held by a session (pid ' || holder.pid
+                                        || COALESCE(', application ' || NULLIF(holder.name, ''), '')
+                                        || COALESCE(', host ' || holder.host, '') || ')'
+                               END
+                               || CASE WHEN holder.others > 1 THEN ' and ' || holder.others || ' others'
+                                       WHEN holder.others = 1 THEN ' and 1 other' ELSE '' END
+                               || CASE WHEN queue.ahead > 0 THEN '; ' || queue.ahead || ' ahead' ELSE '' END
+                        INTO obstacle
+                        FROM (SELECT pg_catalog.count(*) AS ahead
+                              FROM pg_catalog.pg_locks AS l
+                              WHERE l.locktype = 'advisory' AND l.objsubid = 2 AND l.granted AND l.mode = 'ExclusiveLock'
+                                AND l.classid::bigint = high_unsigned AND l.database = this_database
+                                AND l.objid::bigint BETWEEN 1 AND COALESCE(ticket::bigint - 1, 2147483647)) AS queue
+                        LEFT JOIN LATERAL (
+                              SELECT l.pid, a.application_name AS name, said.tenant, said.since, said.believed,
+                                     COALESCE(a.client_hostname, pg_catalog.host(a.client_addr),
+                                              CASE WHEN a.client_port = -1 THEN 'local' END) AS host,
+                                     pg_catalog.count(*) OVER () - 1 AS others
+                              FROM pg_catalog.pg_locks AS l
+                              LEFT JOIN pg_catalog.pg_stat_activity AS a ON a.pid = l.pid
+                              LEFT JOIN LATERAL (
+                                    SELECT field[2] AS tenant, pg_catalog.to_timestamp(field[1]::float8) AS since,
+                                           pg_catalog.starts_with(encoded[3], pg_catalog.rtrim(field[3], '~'))
+                                           AND pg_catalog.starts_with(encoded[2], pg_catalog.rtrim(field[4], '~')) AS believed
+                                    FROM pg_catalog.regexp_match(
+                                        a.application_name, '^dblock1 ([0-9]{1,12}) ([^ ]+) ([^ ]+) ([^ ]+)$') AS field
+                                    ) AS said ON true
+                              WHERE l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted AND l.database = this_database
+                                AND (l.classid::bigint << 32) | l.objid::bigint = key
+                              ORDER BY said.believed DESC NULLS LAST, said.since, l.pid
+                              LIMIT 1) AS holder ON true;
 
-                    IF pg_catalog.clock_timestamp() >= deadline THEN
-                        failure_code := '55P03';
-                        failure := step || '@' || target || ' not acquired '
-                                   || CASE WHEN wished_timeout ~ '[1-9]' THEN 'in ' || wished_timeout || ' s'
-                                           ELSE 'without waiting' END
-                                   || ': ' || obstacle;
-                    ELSE
-                        RAISE NOTICE 'dblock: waiting for %@%: %', step, target, obstacle;
-                    END IF;
-                END IF;
-
-                IF failure IS NULL AND NOT leftover THEN
-                    IF tried THEN
-                        waiting_label := COALESCE(waiting_label, 'dblock1 w' || pg_catalog.floor(EXTRACT(
-                                             epoch FROM pg_catalog.clock_timestamp())) || ' ' || waiting_fields);
-                        PERFORM pg_catalog.set_config('application_name', waiting_label, in_transaction);
-                    END IF;
-
-                    BEGIN
-                        PERFORM pg_catalog.set_config('lock_timeout', GREATEST(1, LEAST(slice, pg_catalog.ceil(1000 * EXTRACT(
-                                    epoch FROM deadline - pg_catalog.clock_timestamp()))))::integer || 'ms', true);
-                        may_try := false;
-                        IF NOT tried THEN
-                            -- At once only where nobody waits: everybody who does holds (high, 0) shared.
-                            tried := true;
-                            may_try := pg_catalog.pg_try_advisory_xact_lock(high, 0);
-                        ELSIF ticket IS NOT NULL AND predecessor = 0 THEN
-                            PERFORM pg_catalog.pg_sleep(LEAST(pause, EXTRACT(
-                                        epoch FROM deadline - pg_catalog.clock_timestamp())));
-                            PERFORM CASE WHEN shared THEN pg_catalog.pg_advisory_xact_lock_shared(key)
-                                         ELSE pg_catalog.pg_advisory_xact_lock(key) END;
-                            may_try := true;
+                        IF pg_catalog.clock_timestamp() >= deadline THEN
+                            failure_code := '55P03';
+                            failure := step || '@' || target || ' not acquired '
+                                       || CASE WHEN wished_timeout ~ '[1-9]' THEN 'in ' || wished_timeout || ' s'
+                                               ELSE 'without waiting' END
+                                       || ': ' || obstacle;
                         ELSE
-                            IF ticket IS NULL THEN
-                                PERFORM pg_catalog.pg_advisory_xact_lock(high, -1);
-                            ELSE
-                                PERFORM pg_catalog.pg_advisory_xact_lock_shared(high, predecessor);
-                            END IF;
-                            SELECT COALESCE(pg_catalog.max(l.objid::bigint), 0) INTO predecessor
-                            FROM pg_catalog.pg_locks AS l
-                            WHERE l.locktype = 'advisory' AND l.objsubid = 2 AND l.granted AND l.mode = 'ExclusiveLock'
-                              AND l.classid::bigint = high_unsigned AND l.database = this_database
-                              AND l.objid::bigint BETWEEN 1 AND COALESCE(ticket::bigint - 1, 2147483646);
-                            IF ticket IS NULL THEN
-                                PERFORM pg_catalog.pg_advisory_lock(high, predecessor + 1);
-                                PERFORM pg_catalog.pg_advisory_lock_shared(high, 0);
-                                ticket := predecessor + 1;
-                            END IF;
+                            RAISE NOTICE 'dblock: waiting for %@%: %', step, target, obstacle;
+                        END IF;
+                    END IF;
+
+                    IF failure IS NULL AND NOT leftover THEN
+                        IF tried THEN
+                            waiting_label := COALESCE(waiting_label, 'dblock1 w' || pg_catalog.floor(EXTRACT(
+                                                 epoch FROM pg_catalog.clock_timestamp())) || ' ' || waiting_fields);
+                            PERFORM pg_catalog.set_config('application_name', waiting_label, in_transaction);
                         END IF;
 
-                        IF may_try THEN
-                            acquired := CASE WHEN shared THEN pg_catalog.pg_try_advisory_lock_shared(key)
-                                            ELSE pg_catalog.pg_try_advisory_lock(key) END;
-                            IF acquired AND wished_slots <> '' THEN
-                                SELECT place - 1 INTO slot
-                                FROM pg_catalog.unnest(permits) WITH ORDINALITY AS permit(number, place)
-                                WHERE pg_catalog.pg_try_advisory_lock(number)
-                                LIMIT 1;
-                                IF slot IS NULL THEN
-                                    -- Kept until the next look, it would bar those who ask for the whole.
-                                    PERFORM pg_catalog.pg_advisory_unlock_shared(key);
-                                    acquired := false;
-                                    pause := LEAST(0.020, GREATEST(0.001, 1.4 * pause));
+                        BEGIN
+                            PERFORM pg_catalog.set_config('lock_timeout', GREATEST(1, LEAST(slice, pg_catalog.ceil(
+                                        1000 * EXTRACT(epoch FROM deadline - pg_catalog.clock_timestamp())
+                                    )))::integer || 'ms', true);
+                            may_try := false;
+                            IF NOT tried THEN
+                                -- At once only where nobody waits: everybody who does holds (high, 0) shared.
+                                tried := true;
+                                may_try := pg_catalog.pg_try_advisory_xact_lock(high, 0);
+                            ELSIF ticket IS NOT NULL AND predecessor = 0 THEN
+                                PERFORM pg_catalog.pg_sleep(LEAST(pause, EXTRACT(
+                                            epoch FROM deadline - pg_catalog.clock_timestamp())));
+                                PERFORM CASE WHEN shared THEN pg_catalog.pg_advisory_xact_lock_shared(key)
+                                             ELSE pg_catalog.pg_advisory_xact_lock(key) END;
+                                may_try := true;
+                            ELSE
+                                IF ticket IS NULL THEN
+                                    PERFORM pg_catalog.pg_advisory_xact_lock(high, -1);
+                                ELSE
+                                    PERFORM pg_catalog.pg_advisory_xact_lock_shared(high, predecessor);
+                                END IF;
+                                SELECT COALESCE(pg_catalog.max(l.objid::bigint), 0) INTO predecessor
+                                FROM pg_catalog.pg_locks AS l
+                                WHERE l.locktype = 'advisory' AND l.objsubid = 2 AND l.granted AND l.mode = 'ExclusiveLock'
+                                  AND l.classid::bigint = high_unsigned AND l.database = this_database
+                                  AND l.objid::bigint BETWEEN 1 AND COALESCE(ticket::bigint - 1, 2147483646);
+                                IF ticket IS NULL THEN
+                                    PERFORM pg_catalog.pg_advisory_lock(high, predecessor + 1);
+                                    PERFORM pg_catalog.pg_advisory_lock_shared(high, 0);
+                                    ticket := predecessor + 1;
                                 END IF;
                             END IF;
-                        END IF;
-                        RAISE lock_not_available;
-                    EXCEPTION WHEN lock_not_available THEN
-                        NULL;                         -- the slice is over, whichever way
-                    END;
-                END IF;
 
-                IF acquired AND in_transaction THEN
-                    -- What the session holds already, the transaction is granted without a wait.
-                    PERFORM CASE WHEN shared THEN pg_catalog.pg_advisory_xact_lock_shared(key)
-                                 ELSE pg_catalog.pg_advisory_xact_lock(key) END,
-                            CASE WHEN slot IS NOT NULL THEN pg_catalog.pg_advisory_xact_lock(permits[slot + 1]) END;
-                    PERFORM CASE WHEN slot IS NOT NULL THEN pg_catalog.pg_advisory_unlock(permits[slot + 1]) END,
-                            CASE WHEN shared THEN pg_catalog.pg_advisory_unlock_shared(key)
-                                 ELSE pg_catalog.pg_advisory_unlock(key) END;
-                END IF;
+                            IF may_try THEN
+                                acquired := CASE WHEN shared THEN pg_catalog.pg_try_advisory_lock_shared(key)
+                                                ELSE pg_catalog.pg_try_advisory_lock(key) END;
+                                IF acquired AND wished_slots <> '' THEN
+                                    SELECT place - 1 INTO slot
+                                    FROM pg_catalog.unnest(permits) WITH ORDINALITY AS permit(number, place)
+                                    WHERE pg_catalog.pg_try_advisory_lock(number)
+                                    LIMIT 1;
+                                    IF slot IS NULL THEN
+                                        -- Kept until the next look, it would bar those who ask for the whole.
+                                        PERFORM pg_catalog.pg_advisory_unlock_shared(key);
+                                        acquired := false;
+                                        pause := LEAST(0.020, GREATEST(0.001, 1.4 * pause));
+                                    END IF;
+                                END IF;
+                            END IF;
+                            RAISE lock_not_available;
+                        EXCEPTION WHEN lock_not_available THEN
+                            NULL;                         -- the slice is over, whichever way
+                        END;
+                    END IF;
 
-                -- Out of the queue, or not yet in it with ticket and flag: give back what there is of both. Not acquired: give
-                -- back also what an error left of the lock itself.
-                IF acquired OR failure IS NOT NULL THEN
-                    ticket := NULL;
-                END IF;
-                IF ticket IS NULL OR leftover THEN
-                    PERFORM CASE WHEN l.objsubid = 1 AND l.mode = 'ShareLock' THEN pg_catalog.pg_advisory_unlock_shared(number)
-                                 WHEN l.objsubid = 1      THEN pg_catalog.pg_advisory_unlock(number)
-                                 WHEN l.mode = 'ShareLock' THEN pg_catalog.pg_advisory_unlock_shared(high, number::integer)
-                                 ELSE pg_catalog.pg_advisory_unlock(high, number::integer) END
-                    FROM pg_catalog.pg_locks AS l,
-                         LATERAL (SELECT CASE l.objsubid WHEN 1 THEN (l.classid::bigint << 32) | l.objid::bigint
-                                                         ELSE l.objid::bigint END) AS lock(number)
-                    WHERE l.locktype = 'advisory' AND l.pid = pg_catalog.pg_backend_pid()
-                      AND CASE l.objsubid WHEN 1 THEN NOT acquired AND number = ANY (key || permits)
-                               ELSE ticket IS NULL AND l.classid::bigint = high_unsigned AND number < 2147483648 END;
-                    leftover := false;
-                END IF;
-                finished := acquired OR failure IS NOT NULL;
+                    IF acquired AND in_transaction THEN
+                        -- What the session holds already, the transaction is granted without a wait.
+                        PERFORM CASE WHEN shared THEN pg_catalog.pg_advisory_xact_lock_shared(key)
+                                     ELSE pg_catalog.pg_advisory_xact_lock(key) END,
+                                CASE WHEN slot IS NOT NULL THEN pg_catalog.pg_advisory_xact_lock(permits[slot + 1]) END;
+                        PERFORM CASE WHEN slot IS NOT NULL THEN pg_catalog.pg_advisory_unlock(permits[slot + 1]) END,
+                                CASE WHEN shared THEN pg_catalog.pg_advisory_unlock_shared(key)
+                                     ELSE pg_catalog.pg_advisory_unlock(key) END;
+                    END IF;
+
+                    -- Out of the queue, or not yet in it with ticket and flag: give back what there is of both. Where the lock
+                    -- is not acquired, give back also what an error left of it.
+                    IF acquired OR failure IS NOT NULL THEN
+                        ticket := NULL;
+                    END IF;
+                    IF ticket IS NULL OR leftover THEN
+                        PERFORM CASE WHEN l.objsubid = 1 AND l.mode = 'ShareLock'
+                                         THEN pg_catalog.pg_advisory_unlock_shared(number)
+                                     WHEN l.objsubid = 1
+                                         THEN pg_catalog.pg_advisory_unlock(number)
+                                     WHEN l.mode = 'ShareLock'
+                                         THEN pg_catalog.pg_advisory_unlock_shared(high, number::integer)
+                                     ELSE pg_catalog.pg_advisory_unlock(high, number::integer) END
+                        FROM pg_catalog.pg_locks AS l,
+                             LATERAL (SELECT CASE l.objsubid WHEN 1 THEN (l.classid::bigint << 32) | l.objid::bigint
+                                                             ELSE l.objid::bigint END) AS lock(number)
+                        WHERE l.locktype = 'advisory' AND l.pid = pg_catalog.pg_backend_pid()
+                          AND CASE l.objsubid WHEN 1 THEN NOT acquired AND number = ANY (key || permits)
+                                   ELSE ticket IS NULL AND l.classid::bigint = high_unsigned AND number < 2147483648 END;
+                        leftover := false;
+                    END IF;
+                    finished := acquired OR failure IS NOT NULL;
+                EXCEPTION WHEN query_canceled OR OTHERS THEN
+                    IF SQLSTATE = '57014' AND timer_due <= pg_catalog.clock_timestamp() THEN
+                        timer_due := NULL;            -- statement_timeout, which comes once; a wait has its own limit
+                    ELSE
+                        failure_code := SQLSTATE;
+                        failure := CASE SQLSTATE WHEN '57014' THEN 'waiting for ' || step || '@' || target || ' was cancelled'
+                                                 ELSE SQLERRM END;
+                    END IF;
+                    finished := leftover AND SQLSTATE <> '57014';     -- giving back itself has failed
+                    leftover := true;
+                    acquired := false;
+                    slot     := NULL;
+                END;
                 EXIT WHEN finished OR may_commit;
             END LOOP;
         EXCEPTION WHEN query_canceled OR OTHERS THEN
-            IF SQLSTATE = '57014' AND timer_due <= pg_catalog.clock_timestamp() THEN
-                timer_due := NULL;                    -- statement_timeout, which comes once; a wait has its own limit
-            ELSE
-                failure_code := SQLSTATE;
-                failure := CASE SQLSTATE WHEN '57014' THEN 'waiting for ' || step || '@' || target || ' was cancelled'
-                                         ELSE SQLERRM END;
-            END IF;
-            finished := leftover AND SQLSTATE <> '57014';    -- giving back itself has failed
+            failure_code := SQLSTATE;
+            failure  := SQLERRM;
+            finished := leftover AND SQLSTATE <> '57014';
             leftover := true;
             acquired := false;
             slot     := NULL;
