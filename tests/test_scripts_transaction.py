@@ -325,6 +325,17 @@ def test_already_held(connect: Connect, observer: Connection, scope: str, held: 
     wait_until(lambda: locks(observer) == [], "the session to be gone with its lock")
 
 
+def test_a_role_that_is_set_ends_the_session_too(connect: Connect, observer: Connection) -> None:
+    begin(connect())
+    connection = connect()
+    run(connection, "BEGIN", wishes(), "SET LOCAL ROLE pg_monitor")
+    with pytest.raises(psycopg.errors.LockNotAvailable):
+        run(connection, ACQUIRE)
+    with pytest.raises(psycopg.OperationalError):
+        run(connection, "ROLLBACK")
+    assert len(locks(observer)) == 1
+
+
 def test_a_sessions_lock_is_not_given_back_within_the_transaction(connect: Connect, observer: Connection) -> None:
     connection = connect()
     run(connection, set_wishes(Wish(more=SHARED)), ACQUIRE, "BEGIN")

@@ -481,7 +481,7 @@ BEGIN
 
                             IF may_try THEN
                                 acquired := CASE WHEN shared THEN pg_catalog.pg_try_advisory_lock_shared(key)
-                                                ELSE pg_catalog.pg_try_advisory_lock(key) END;
+                                                 ELSE pg_catalog.pg_try_advisory_lock(key) END;
                                 IF acquired AND wished_slots <> '' THEN
                                     SELECT place - 1 INTO slot
                                     FROM pg_catalog.unnest(permits) WITH ORDINALITY AS permit(number, place)
@@ -497,7 +497,7 @@ BEGIN
                             END IF;
                             RAISE lock_not_available;
                         EXCEPTION WHEN lock_not_available THEN
-                            NULL;                         -- the slice is over, whichever way
+                            NULL;                     -- the slice is over, whichever way
                         END;
                     END IF;
 
