@@ -86,11 +86,13 @@ class AppLock:
         self._session_id = 0
         self._waiting_since: float | None = None
         self._before: bytes | None = None
+        self._babelfish = False
 
     def open(self, conditions: Conditions) -> Steps[None]:
         opened = Opened(*(yield _prepare(self._names, own=self._own)))
         self._session_id = opened.session_id
         self._before = opened.context_info
+        self._babelfish = bool(opened.babelfish)
         if self.wish.in_transaction:
             if not opened.open_transactions or opened.transaction_state != 1:
                 raise UnsafeConnection(
@@ -191,7 +193,7 @@ class AppLock:
     def _acquire(self, deadline: float | None, report: Report | None, *, wait: bool) -> Steps[Granted | Busy]:
         names = self._names
         enter = _enter(names, _AT_ONCE_MILLISECONDS) if names.permits else ""
-        granted = self._grant((yield _take(names, _AT_ONCE_MILLISECONDS, before=enter, leave_queue=True)))
+        granted = self._grant((yield self._take(_AT_ONCE_MILLISECONDS, before=enter, leave_queue=True)))
         if granted:
             return granted
         look = yield from self.look()
@@ -204,7 +206,7 @@ class AppLock:
             if names.permits:
                 granted = yield from self._queue_for_permit(deadline)
             else:
-                wait_here = Wait(_take(names, _milliseconds(deadline), before=_wait_label(names)), deadline)
+                wait_here = Wait(self._take(_milliseconds(deadline), before=_wait_label(names)), deadline)
                 granted = self._grant((yield wait_here))
         except WaitOver:
             return Busy(self.wish, look)  # the session is closed, so it cannot be asked again
@@ -217,12 +219,16 @@ class AppLock:
             return None
         for seconds in pauses():
             # A free permit is nobody else's to take: so the wait, if there is one, is for the lock itself.
-            granted = self._grant((yield Wait(_take(names, _milliseconds(deadline)), deadline)))
+            granted = self._grant((yield Wait(self._take(_milliseconds(deadline)), deadline)))
             remaining = seconds if deadline is None else min(seconds, deadline - time.monotonic())
             if granted or remaining <= 0:
                 return granted
             yield Pause(remaining)
         return None
+
+    def _take(self, milliseconds: int, *, before: str = "", leave_queue: bool = False) -> str:
+        forget = _FORGET if self._babelfish else ""
+        return _take(self._names, milliseconds, before=before, leave_queue=leave_queue, forget=forget)
 
     def _grant(self, row: Row) -> Granted | None:
         if _code(row) == _FULL or not _is_granted(row):
@@ -314,6 +320,7 @@ class Opened(NamedTuple):
     isolation: int | None
     options: int
     context_info: bytes | None
+    babelfish: int
     mode: str
 
 
@@ -332,16 +339,25 @@ def _prepare(lock: LockNames, *, own: bool) -> str:
                {isolation},
                @@OPTIONS,
                CONTEXT_INFO(),
+               CASE WHEN SERVERPROPERTY('Babelfish') IS NULL THEN 0 ELSE 1 END,
                CASE WHEN {session_mode} <> 'NoLock' THEN {session_mode}
                     WHEN @@TRANCOUNT > 0            THEN {transaction_mode}
                     ELSE 'NoLock' END;
     """
 
 
+# Babelfish keeps the error of each call and test in vain, and ends when there are five; an error that is caught empties
+# that store.
+_FORGET = """
+    BEGIN TRY RAISERROR (N'forget', 16, 1); END TRY
+    BEGIN CATCH SET @label = NULL; END CATCH;
+"""
+
+
 # --- take, and give back ----------------------------------------------------------------------------------------------
 
 
-def _take(lock: LockNames, milliseconds: int, *, before: str = "", leave_queue: bool = False) -> str:
+def _take(lock: LockNames, milliseconds: int, *, before: str, leave_queue: bool, forget: str) -> str:
     """Take the lock, and a permit where it has some, and wait so long in the server's queue.
 
     Permits are looked for by the holder of the queue's resource only, so a free one stays free while the lock itself is
@@ -352,6 +368,7 @@ def _take(lock: LockNames, milliseconds: int, *, before: str = "", leave_queue: 
         milliseconds: how long to wait for the lock itself.
         before: what is to be done first. Where it leaves a code below 0, nothing more is.
         leave_queue: the queue's resource goes back in any case.
+        forget: what is to be done after every few tests and calls in vain.
 
     Returns:
         A batch whose reply is the code, and the permit's number.
@@ -359,7 +376,7 @@ def _take(lock: LockNames, milliseconds: int, *, before: str = "", leave_queue: 
     take = _get(lock.resource, lock.mode, lock.owner, str(milliseconds))
     if lock.permits:
         take = f"""
-            {_find_permit(lock)}
+            {_find_permit(lock, forget)}
             SET @code = {_FULL};
             IF @permit IS NOT NULL
             BEGIN
@@ -378,6 +395,7 @@ def _take(lock: LockNames, milliseconds: int, *, before: str = "", leave_queue: 
     leave = _give(lock.queue, "Session") if lock.permits else ""
     return f"""
         DECLARE @code int = 0, @label varbinary(128), @slot int, @permit nvarchar(255);
+        {forget}
         {before}
         IF @code >= 0
         BEGIN
@@ -393,10 +411,11 @@ def _take(lock: LockNames, milliseconds: int, *, before: str = "", leave_queue: 
     """
 
 
-def _find_permit(lock: LockNames) -> str:
+def _find_permit(lock: LockNames, forget: str) -> str:
     """Find a permit that is free."""
     return "\n".join(
-        f"IF @permit IS NULL AND APPLOCK_TEST('public', N'{permit}', 'Exclusive', '{lock.owner}') = 1"
+        (forget if number % 3 == 2 else "")
+        + f"IF @permit IS NULL AND APPLOCK_TEST('public', N'{permit}', 'Exclusive', '{lock.owner}') = 1"
         f" SELECT @slot = {number}, @permit = N'{permit}';"
         for number, permit in enumerate(lock.permits)
     )

@@ -23,7 +23,7 @@ URL = "mssql+pymssql://deploy:secret-7@db:1433/shared"
 GRANTED_AT = int(datetime(2020, 2, 29, 10, 2, 11, tzinfo=timezone.utc).timestamp())
 SINCE = re.escape(f"{datetime.fromtimestamp(GRANTED_AT, tz=timezone.utc).astimezone():%Y-%m-%d %H:%M:%S}")
 
-OPEN = Line(r"SELECT @@SPID", [(57, "shared", "READ_WRITE", 0, 0, 2, 0, None, "NoLock")])
+OPEN = Line(r"SELECT @@SPID", [(57, "shared", "READ_WRITE", 0, 0, 2, 0, None, 0, "NoLock")])
 TRIED = Line(r"sp_getapplock @Resource = N'dblock:3736245238665493732'.*@LockTimeout = 1,", [(-1, None)])
 SEEN = Line(
     r"sys\.dm_tran_locks", [(1, 0, 61, f"dblock1 {GRANTED_AT} T1 web-01 b".encode() + b"\0" * 90, "app", "octo-7", 3)]
@@ -157,7 +157,7 @@ def test_a_long_wait_is_reported_from_another_session(
 def test_refused_before_anything_is_taken(
     monkeypatch: pytest.MonkeyPatch, said: dict[str, Any], error: type[Exception], text: str
 ) -> None:
-    row = mssql.Opened(57, "shared", "READ_WRITE", 0, 0, 2, 5496, None, "NoLock")._replace(**said)
+    row = mssql.Opened(57, "shared", "READ_WRITE", 0, 0, 2, 5496, None, 0, "NoLock")._replace(**said)
     with scripted(monkeypatch, [Line(OPEN.asks, [row])]), pytest.raises(error, match=text), lock(database="shared"):
         pytest.fail("the body ran")
 
@@ -175,7 +175,7 @@ def test_a_release_that_is_none_is_a_loss(monkeypatch: pytest.MonkeyPatch, answe
 @pytest.mark.parametrize(("before", "restored"), [(None, "0x;"), (b"\x01\xff", "0x01ff;")])
 def test_context_info_is_restored(monkeypatch: pytest.MonkeyPatch, before: bytes | None, restored: str) -> None:
     release = Line(rf"sp_releaseapplock[^@]*@Resource[\s\S]*SET CONTEXT_INFO {restored}", [(0,)])
-    opened = Line(OPEN.asks, [(57, "shared", "READ_WRITE", 0, 0, 2, 0, before, "NoLock")])
+    opened = Line(OPEN.asks, [(57, "shared", "READ_WRITE", 0, 0, 2, 0, before, 0, "NoLock")])
     with scripted(monkeypatch, [opened, tried([(0, None)]), release]), lock():
         pass
 
