@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
@@ -45,6 +46,39 @@ def test_pairs(backend: Backend, holder: Door, waiter: Door, target: str, step: 
             assert second.held(), second.stderr()
             assert backend.holders() != [inside]
             assert second.finish() == "done", second.stderr()
+
+
+SHAPES: dict[str, dict[str, Any]] = {"exclusive": {}, "shared": {"shared": True}, "slots": {"slots": "2"}}
+
+
+def shaped(door: Door, shape: str, in_transaction: bool) -> Wish:
+    """What a door asks for. The command line has a connection of its own, and so no transaction of the caller's."""
+    commands = (COMMAND, COMMAND_MSSQL)
+    return Wish(tenant="T1", in_transaction=in_transaction and door not in commands, **SHAPES[shape])
+
+
+@pytest.mark.parametrize("in_transaction", [False, True], ids=["autocommit", "transaction"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("holder", "waiter"), PAIRS, ids=str)
+def test_shapes(backend: Backend, holder: Door, waiter: Door, shape: str, in_transaction: bool) -> None:
+    """A door in one shape keeps out another door in each shape that the table says, and lets in the rest."""
+    with holder.attempt(backend.url, shaped(holder, shape, in_transaction)) as first:
+        assert first.held(), first.stderr()
+        for other in SHAPES:
+            with waiter.attempt(backend.url, shaped(waiter, other, in_transaction)) as second:
+                if "exclusive" in (shape, other):
+                    wait_until(lambda: len(backend.waiters()) == 1, "the waiter in the queue")
+                    second.kill()
+                    wait_until(lambda: not backend.waiters(), "the waiter to be gone")
+                else:
+                    assert second.held(), second.stderr()
+                    assert second.finish() == "done", second.stderr()
+        with waiter.attempt(backend.url, shaped(waiter, "exclusive", in_transaction)) as second:
+            wait_until(lambda: len(backend.waiters()) == 1, "the waiter in the queue")
+            assert first.finish() == "done", first.stderr()
+            assert second.held(), second.stderr()
+            assert second.finish() == "done", second.stderr()
+    wait_until(lambda: not backend.all_rows(), "the locks to be gone")
 
 
 def newcomer(backend: Backend, known: list[int]) -> int:
