@@ -157,8 +157,9 @@ class AsyncLock(Life[AsyncSession]):
         try:
             return await _to_its_end(acquire(asyncio.current_task()), hasten=True)
         except asyncio.CancelledError:
-            if self._hold is not None and self._hold is not hold_before:  # granted in the same instant
-                await _to_its_end(self._release(at_exit=True), hasten=True)
+            hold = self._hold
+            if hold is not None and hold is not hold_before and hold.caller is asyncio.current_task():
+                await _to_its_end(self._abandon(hold), hasten=True)  # granted in the same instant
             raise
 
     async def _connect(self) -> AsyncSession:

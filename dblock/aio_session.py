@@ -58,15 +58,20 @@ class AsyncSession(AnySession):
             except StopIteration as end:
                 result: T = end.value
                 return result
+            finally:
+                if getattr(steps, "gi_frame", None) is not None:
+                    await self.close()
+                    with suppress(RuntimeError):
+                        steps.close()
 
     async def leave(self, *, granted: bool) -> None:
         """The lock is done with the connection, as in `Session.leave`."""
         if self.loan is None:
             await self.close()
         elif not self.closed:
+            self.loan.returned()
             if self.loan.began and not granted:
                 await self.loan.rollback()
-            self.loan.returned()
 
     async def _execute(self, message: Message) -> Row:
         if isinstance(message, Pause):

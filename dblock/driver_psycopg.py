@@ -13,7 +13,18 @@ from dblock.aio_session import AsyncSession
 from dblock.errors import DatabaseError, UnsafeConnection
 from dblock.postgres import ENGINE, AdvisoryLock
 from dblock.protocol import Row, ServerLock, Wish
-from dblock.session import Loan, Scope, Session, has_input, hide_password, import_driver, notice_dead_network, one_line
+from dblock.session import (
+    Loan,
+    Scope,
+    Session,
+    claim,
+    has_input,
+    hide_password,
+    import_driver,
+    notice_dead_network,
+    one_line,
+    unclaim,
+)
 
 if TYPE_CHECKING:
     import psycopg
@@ -46,6 +57,7 @@ class PsycopgSession(Session):
         import psycopg
         from psycopg.rows import tuple_row
 
+        _refuse_pipeline(self._connection)
         try:
             # The caller's connection may have a cursor class and rows of its own.
             with psycopg.Cursor(self._connection, row_factory=tuple_row) as cursor:
@@ -66,8 +78,12 @@ class PsycopgSession(Session):
         return self._connection.closed
 
     @property
-    def in_transaction(self) -> bool:
+    def in_transaction(self) -> bool | None:
         return _in_transaction(self._connection)
+
+    @property
+    def would_begin(self) -> bool:
+        return not self._connection.autocommit
 
     def fileno(self) -> int:
         return self._connection.fileno()
@@ -99,6 +115,7 @@ class AsyncPsycopgSession(AsyncSession):
         import psycopg
         from psycopg.rows import tuple_row
 
+        _refuse_pipeline(self._connection)
         try:
             async with psycopg.AsyncCursor(self._connection, row_factory=tuple_row) as cursor:
                 await cursor.execute(_encoded(self._connection, text), prepare=False)
@@ -116,8 +133,12 @@ class AsyncPsycopgSession(AsyncSession):
         return self._connection.closed
 
     @property
-    def in_transaction(self) -> bool:
+    def in_transaction(self) -> bool | None:
         return _in_transaction(self._connection)
+
+    @property
+    def would_begin(self) -> bool:
+        return not self._connection.autocommit
 
     def fileno(self) -> int:
         return self._connection.fileno()
@@ -225,13 +246,22 @@ def borrow_async(connection: psycopg.AsyncConnection[Any], scope: Scope) -> Asyn
 
 
 def _loan(connection: AnyConnection, scope: Scope) -> Loan:
-    from psycopg.pq import PipelineStatus, TransactionStatus
+    """Check and claim the caller's connection."""
+    claim(connection)
+    try:
+        return _checked_loan(connection, scope)
+    except BaseException:
+        unclaim(connection)
+        raise
+
+
+def _checked_loan(connection: AnyConnection, scope: Scope) -> Loan:
+    from psycopg.pq import TransactionStatus
 
     status = connection.info.transaction_status
     if connection.closed:
         raise UnsafeConnection("the connection is closed")
-    if connection.pgconn.pipeline_status != PipelineStatus.OFF:
-        raise UnsafeConnection("the connection is in pipeline mode, in which a statement's outcome comes too late")
+    _refuse_pipeline(connection)
     if status == TransactionStatus.INERROR:
         raise UnsafeConnection("the connection is inside a transaction that has failed: ROLLBACK first")
     if status == TransactionStatus.ACTIVE:
@@ -251,7 +281,15 @@ def _loan(connection: AnyConnection, scope: Scope) -> Loan:
             "no transaction is open, and the connection is in autocommit: a lock until the transaction's end would "
             "end at once. Begin one, or use scope='session'"
         )
-    return Loan(began=status == TransactionStatus.IDLE and scope == "transaction", rollback=connection.rollback)
+    began = status == TransactionStatus.IDLE and scope == "transaction"
+    return Loan(connection, began, rollback=connection.rollback)
+
+
+def _refuse_pipeline(connection: AnyConnection) -> None:
+    from psycopg.pq import PipelineStatus
+
+    if connection.pgconn.pipeline_status != PipelineStatus.OFF:
+        raise UnsafeConnection("the connection is in pipeline mode, in which a statement's outcome comes too late")
 
 
 # --- pieces that both kinds of connection share -----------------------------------------------------------------------
@@ -262,21 +300,36 @@ def _lock(connection: AnyConnection, wish: Wish, *, own: bool) -> ServerLock:
     return AdvisoryLock(wish, server_version=info.server_version, client_backend_pid=info.backend_pid, own=own)
 
 
-def _in_transaction(connection: AnyConnection) -> bool:
+def _in_transaction(connection: AnyConnection) -> bool | None:
     from psycopg.pq import TransactionStatus
 
-    return connection.info.transaction_status not in (TransactionStatus.IDLE, TransactionStatus.UNKNOWN)
+    status = connection.info.transaction_status
+    if status == TransactionStatus.ACTIVE:
+        return None  # somebody is talking on it just now
+    return status in (TransactionStatus.INTRANS, TransactionStatus.INERROR)
 
 
 def _alive(connection: AnyConnection) -> bool:
-    """Read what the server has said unasked, such as that it ends the session, without asking anything."""
-    import psycopg
+    """Read what the server has said unasked, such as that it ends the session, without asking anything.
 
+    Not while somebody waits for a reply, which would be swallowed: who talks on the connection learns of its end.
+    """
+    import psycopg
+    from psycopg.pq import TransactionStatus
+
+    blocking = connection.lock if isinstance(connection, psycopg.Connection) else None
+    if connection.lock.locked() or (blocking and not blocking.acquire(blocking=False)):
+        return not connection.closed
     try:
         while not connection.closed and has_input(connection.fileno()):
+            if connection.info.transaction_status == TransactionStatus.ACTIVE:
+                break
             connection.pgconn.consume_input()
-    except psycopg.Error:
+    except (psycopg.Error, OSError, ValueError):
         return False
+    finally:
+        if blocking:
+            blocking.release()
     return not connection.closed
 
 

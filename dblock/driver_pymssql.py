@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -31,6 +31,8 @@ from dblock.session import (
     Loan,
     Scope,
     Session,
+    claim,
+    duplicate,
     has_input,
     hide_password,
     import_driver,
@@ -81,21 +83,36 @@ class PymssqlSession(Session):
     def in_transaction(self) -> None:
         return None
 
+    @property
+    def would_begin(self) -> bool:
+        return not self._connection.autocommit_state
+
     def interrupt_by(self, interrupted: socket.socket) -> None:
         """Break off the message under way, or the next one, when something can be read from the socket."""
         self._interrupted = interrupted
 
     def alive(self) -> bool:
-        with self._turn:
-            if not self._closed and self._socket is not None and has_input(self._socket):
-                # Unasked for, the server says that it ends the session; or it is a mere notice. A message tells.
-                with suppress(DatabaseError):
-                    self.rows("SELECT 1")
-            return not self._closed
+        if not self._turn.acquire(blocking=False):
+            return not self._closed  # who talks on it learns of its end
+        try:
+            if self.closed or self._socket is None or not has_input(self._socket):
+                return not self.closed
+            if self.loan is not None:
+                # What can be read may be the caller's rows: only the end itself counts.
+                with closing(duplicate(self._socket)) as connection:
+                    return bool(connection.recv(1, socket.MSG_PEEK))
+            # Unasked for, the server says that it ends the session; or it is a mere notice. A message tells.
+            with suppress(DatabaseError):
+                self.rows("SELECT 1")
+        except (OSError, ValueError):
+            return False
+        finally:
+            self._turn.release()
+        return not self._closed
 
     @property
     def closed(self) -> bool:
-        return self._closed
+        return self._closed or (self.loan is not None and not _is_open(self._connection))
 
     def fileno(self) -> int:
         if self._socket is None or self._closed:
@@ -197,19 +214,25 @@ def borrow(connection: pymssql.Connection, scope: Scope) -> Session:
     Raises:
         UnsafeConnection: no lock of that scope could be trusted on it.
     """
-    import pymssql
-
-    try:
-        autocommit = connection.autocommit_state
-        connection.cursor().close()
-    except pymssql.Error:
-        raise UnsafeConnection("the connection is closed") from None
-    if scope == "session" and not autocommit:
+    if not _is_open(connection):
+        raise UnsafeConnection("the connection is closed")
+    if scope == "session" and not connection.autocommit_state:
         raise UnsafeConnection(
             "the connection is not in autocommit: the lock would be given back before the work is committed, or kept "
             "beyond it. Use a connection in autocommit, or scope='transaction'"
         )
-    return PymssqlSession(connection, Loan(began=False, rollback=connection.rollback))
+    claim(connection)
+    return PymssqlSession(connection, Loan(connection, began=False, rollback=connection.rollback))
+
+
+def _is_open(connection: pymssql.Connection) -> bool:
+    import pymssql
+
+    try:
+        connection.cursor().close()
+    except pymssql.Error:
+        return False
+    return True
 
 
 def borrow_async(connection: object, scope: Scope) -> AsyncSession:  # noqa: ARG001 - as every driver's
@@ -279,6 +302,10 @@ class AsyncPymssqlSession(AsyncSession):
     @property
     def in_transaction(self) -> None:
         return None
+
+    @property
+    def would_begin(self) -> bool:
+        return self._blocking.would_begin
 
     def fileno(self) -> int:
         return self._blocking.fileno()

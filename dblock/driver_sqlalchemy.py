@@ -9,6 +9,7 @@ Imported only when something of SQLAlchemy's is given.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
@@ -39,6 +40,8 @@ def session(db: sqlalchemy.Engine | Lent, scope: Scope) -> Session:
         UnsafeConnection: no lock of that scope could be trusted on it.
         DatabaseError: the database cannot be reached.
     """
+    if any(ancestor.__module__.startswith("sqlalchemy.ext.asyncio") for ancestor in type(db).__mro__):
+        raise UnsafeConnection(f"an {type(db).__qualname__} is for asyncio: use dblock.alock")
     try:
         if isinstance(db, sqlalchemy.Engine):
             connection, name = _new_connection(db)
@@ -52,7 +55,7 @@ def session(db: sqlalchemy.Engine | Lent, scope: Scope) -> Session:
         if loan.began:
             loan.rollback()
         raise
-    borrowed.loan = _marked(loan, proxied, scope)
+    borrowed.loan = _marked(replace(loan, connection=proxied.driver_connection), proxied, scope)
     return borrowed
 
 
@@ -84,7 +87,7 @@ async def session_async(db: Any, scope: Scope) -> AsyncSession:
         if loan.began:
             await loan.rollback()
         raise
-    borrowed.loan = _marked(loan, proxied, scope)
+    borrowed.loan = _marked(replace(loan, connection=proxied.driver_connection), proxied, scope)
     return borrowed
 
 
@@ -112,7 +115,7 @@ def _lend(db: Lent, scope: Scope) -> tuple[Loan, PoolProxiedConnection, str]:
         connection = owner
         if began and scope == "transaction":
             connection.begin()
-    return Loan(began, owner.rollback, closed=owner.invalidate), connection.connection, connection.dialect.driver
+    return Loan(None, began, owner.rollback, closed=owner.invalidate), connection.connection, connection.dialect.driver
 
 
 def _marked(loan: Loan, proxied: PoolProxiedConnection, scope: Scope) -> Loan:
@@ -142,11 +145,16 @@ class _Marks:
 
 _KEY = "dblock"
 
+# The pools that tell of returning connections. Not event.contains(): it goes by the pool's address, which may have been
+# another's.
+_minded: weakref.WeakSet[Pool] = weakref.WeakSet()
+
 
 def _marks_on(proxied: PoolProxiedConnection) -> _Marks:
     pool: Pool = proxied._pool
-    if not event.contains(pool, "checkin", _check_in):
+    if pool not in _minded:
         event.listen(pool, "checkin", _check_in)
+        _minded.add(pool)
     marks: _Marks = proxied.info.setdefault(_KEY, _Marks())
     return marks
 

@@ -36,7 +36,7 @@ from dblock.protocol import (
     check_all,
     release_all,
 )
-from dblock.session import AnySession, Scope
+from dblock.session import AnySession, Scope, unclaim
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing has it from 3.11 only
@@ -69,6 +69,7 @@ _kept: set[Life[Any]] = set()
 
 # All that are held, to notice the one that is taken out of order.
 _all: weakref.WeakSet[Life[Any]] = weakref.WeakSet()
+_all_guard = threading.Lock()
 
 
 class Watcher(Protocol):
@@ -274,7 +275,7 @@ class Life(ABC, Generic[S]):
             # thread has acquired meanwhile stays.
             hold = self._hold
             if hold is not None and hold is not hold_before and hold.caller == caller:
-                await self._release()
+                await self._abandon(hold)
             raise
         waited = f"in {_seconds(self._timeout)}" if self._timeout else "without waiting"
         raise LockTimeout(f"{_name(busy.wish)} not acquired {waited}: {_in_the_way(busy.wish, busy.look)}")
@@ -297,6 +298,7 @@ class Life(ABC, Generic[S]):
             )
         session: S | None = None
         kept = False
+        self._locks = ()
         try:
             self._warn_if_out_of_order(caller)
             session = await self._connect()
@@ -308,7 +310,8 @@ class Life(ABC, Generic[S]):
                 return outcome
             self._forget_loss()
             self._hold = Hold(session, outcome, os.getpid(), caller)
-            _all.add(self)
+            with _all_guard:
+                _all.add(self)
             if session.loan is None:
                 _kept.add(self)
                 if self._watched:
@@ -317,10 +320,24 @@ class Life(ABC, Generic[S]):
         except DatabaseError as error:
             raise DatabaseError(f"{self._name} not acquired: {error}", error.sqlstate) from error
         finally:
+            if session is not None and session.loan is not None:
+                unclaim(session.loan.connection)
             if not kept:
                 self._hold = None
+                if session is not None and any(lock.may_hold for lock in self._locks):
+                    await self._hang_up(session)  # a signal's exception came between the grant and its being noted
                 await self._end(session, granted=False)
         return None
+
+    async def _abandon(self, hold: Hold[S]) -> None:
+        """Give up what was granted in the instant in which its caller was told otherwise."""
+        if self._scope == "session":
+            await self._release(at_exit=True)
+            return
+        self._hold = None
+        if hold.session.loan is not None and not hold.session.loan.began:
+            await self._hang_up(hold.session)  # nothing less gives it back
+        await self._end(hold.session, granted=False)
 
     async def _release(self, *, at_exit: bool = False) -> None:
         """Give the lock back.
@@ -328,11 +345,12 @@ class Life(ABC, Generic[S]):
         Args:
             at_exit: the body is over, so the lock must not outlive this.
         """
-        with self._handover:
-            hold = self._own_hold()
-            self._hold = None
+        hold: Hold[S] | None = None
         refused = False
         try:
+            with self._handover:
+                hold = self._own_hold()
+                self._hold = None
             if hold.watcher is not None:
                 await hold.watcher.stop()  # or it could find the lock given back, and take that for a loss
             if hold.lost:
@@ -342,20 +360,20 @@ class Life(ABC, Generic[S]):
             else:
                 await self._give_back(hold)
         except UnsafeConnection:
-            if at_exit:
-                await self._hang_up(hold.session)
-            else:
+            if not at_exit:
                 self._hold = hold
                 refused = True
             raise
         except DatabaseError as error:
             raise LockLost(f"{self._name} was lost while it was held: {error}") from error
         finally:
-            if not refused:
+            if hold is not None and not refused:
+                if self._scope == "session" and any(lock.may_hold for lock, _ in hold.holds):
+                    await self._hang_up(hold.session)  # it was not given back, whatever it was that came in between
                 await self._end(hold.session, granted=True)
 
     async def _give_back(self, hold: Hold[S]) -> None:
-        if hold.session.in_transaction:
+        if hold.session.loan is not None and (hold.session.in_transaction or hold.session.would_begin):
             raise UnsafeConnection(
                 f"{self._name} is held by a connection inside a transaction: the lock would be given back before the "
                 f"work is committed. COMMIT or ROLLBACK first"
@@ -386,12 +404,18 @@ class Life(ABC, Generic[S]):
 
     async def _check(self) -> None:
         hold = self._own_hold()
+        if self._scope == "transaction" and hold.session.in_transaction is False:
+            raise LockNotHeld(f"{self._name} is not held any more: it ended with its transaction")
         try:
             ask = self._ask if hold.session.loan is None else self._run
             if not hold.lost and await ask(hold.session, check_all(hold.holds)):
                 return
             why = "the server says that this session has it no more"
         except DatabaseError as error:
+            if not hold.session.closed:
+                if error.sqlstate == _FAILED_TRANSACTION:
+                    return  # which ends no lock
+                raise
             why = str(error)
         self._lose(hold, why)
         raise LockLost(f"{self._name} was lost while it was held: {hold.lost}")
@@ -402,6 +426,8 @@ class Life(ABC, Generic[S]):
             await self._check()
         except (LockNotHeld, LockLost):
             return False
+        except DatabaseError:
+            return True  # somebody has cancelled the question; there will be another one
         return True
 
     def stands(self) -> bool:
@@ -438,7 +464,8 @@ class Life(ABC, Generic[S]):
             if session is not None:
                 await self._leave(session, granted=granted)
         finally:
-            _all.discard(self)
+            with _all_guard:
+                _all.discard(self)
             _kept.discard(self)
             self._entered.release()
 
@@ -462,7 +489,9 @@ class Life(ABC, Generic[S]):
 
     def _warn_if_out_of_order(self, caller: Hashable) -> None:
         lowest = self._wishes[0].key.value
-        for other in list(_all):
+        with _all_guard:
+            others = list(_all)
+        for other in others:
             hold = other._hold
             if hold is None or hold.caller != caller or other._wishes[-1].key.value <= lowest or not other.held:
                 continue

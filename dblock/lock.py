@@ -110,7 +110,8 @@ class Lock(Life[Session]):
 
         Raises:
             LockNotHeld: it is not held by this object, or not by this process.
-            LockLost: it ended: the connection died, the transaction ended, or somebody released it.
+            LockLost: it ended: the connection died, or somebody released it.
+            DatabaseError: the question was cancelled, or refused. The lock may be held.
         """
         at_once(self._check())
 

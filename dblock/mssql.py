@@ -81,6 +81,7 @@ class AppLock:
             own: whether the session is the lock's own; otherwise the caller's, and left as it was found.
         """
         self.wish = wish
+        self.may_hold = False
         self._names = LockNames.of(wish)
         self._own = own
         self._session_id = 0
@@ -130,22 +131,18 @@ class AppLock:
         deadline = None if timeout is None else time.monotonic() + timeout
         self._waiting_since = None
         outcome: Granted | Busy | None = None
+        self.may_hold = True
         try:
             outcome = yield from self._acquire(deadline, report, wait=timeout != 0)
         finally:
-            # The connection of a lock's own session is closed where nothing was granted.
-            if not (self._own or isinstance(outcome, Granted)):
+            if not isinstance(outcome, Granted) and self.may_hold:
                 yield from self._undo()
         return outcome
 
     def settle(self) -> Steps[None]:
         yield from ()
 
-    def withdraw(self, granted: Granted) -> Steps[None]:
-        if not self.wish.in_transaction:
-            yield from self.release(granted)
-            return
-        self._before = granted.before
+    def withdraw(self) -> Steps[None]:
         yield from self._undo()
 
     def release(self, granted: Granted) -> Steps[bool]:
@@ -153,12 +150,13 @@ class AppLock:
             held = yield from self.check(granted)
             yield _set_label(granted.before)
             return held
-        code = None
+        code = _NOTHING_SAID
+        self._before = granted.before
         try:
             code = _code((yield _release(self._names, granted)))
+            self.may_hold = code == _IN_TRANSACTION
         finally:
-            if code is None and not self._own:
-                self._before = granted.before
+            if self.may_hold and code != _IN_TRANSACTION:
                 yield from self._undo()
         if code == _IN_TRANSACTION:
             raise UnsafeConnection(
@@ -236,11 +234,16 @@ class AppLock:
         return Granted(before=self._before, slot=row[1])
 
     def _undo(self) -> Steps[None]:
-        """Give back whatever there is of this lock. Where that fails too, the end of the session does it."""
-        try:
-            yield _give_back(self._names, self._before)
-        except DatabaseError:
-            yield HangUp()
+        """Give back whatever there is of this lock. Where that fails too, the end of the session does it.
+
+        The connection of a lock's own session is closed anyway where nothing was granted.
+        """
+        if not self._own:
+            try:
+                yield _give_back(self._names, self._before)
+            except DatabaseError:
+                yield HangUp()
+        self.may_hold = False
 
 
 def _milliseconds(deadline: float | None) -> int:

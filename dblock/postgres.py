@@ -17,7 +17,9 @@ the queue, only the order does. ``tests/test_server.py`` pins what is relied upo
 
 from __future__ import annotations
 
+import secrets
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil
 from typing import NamedTuple
@@ -92,6 +94,7 @@ class AdvisoryLock:
             own: whether the session is the lock's own; otherwise the caller's, and left as it was found.
         """
         self.wish = wish
+        self.may_hold = False
         self._names = LockNames.of(wish)
         self._client_backend_pid = client_backend_pid
         self._surroundings = (
@@ -112,7 +115,14 @@ class AdvisoryLock:
         pooler_ok = conditions.allow_session_pooler or self.wish.in_transaction
         own_pid = None if pooler_ok else self._client_backend_pid
         description = _describe_session(self._names, self._surroundings)
-        opened = Opened(*(yield self._surroundings.opening(description, own_pid, conditions.release_seconds)))
+        try:
+            row = yield self._surroundings.opening(description, own_pid, conditions.release_seconds)
+        except BaseException:
+            if message := self._surroundings.reopening():
+                with suppress(DatabaseError):
+                    yield message
+            raise
+        opened = Opened(*row)
         if opened.backend_pid != self._client_backend_pid and not pooler_ok:
             raise UnsafeConnection(
                 "a connection pooler stands between here and the server: in transaction or statement mode it gives "
@@ -152,6 +162,7 @@ class AdvisoryLock:
         granted = None
         around = self._surroundings
         self._ticket = None
+        self.may_hold = True
         try:
             attempt = Attempt(*(yield around.first(_try_at_once(self._names, around)))[:5])
             self._application_name = attempt.before
@@ -168,7 +179,7 @@ class AdvisoryLock:
                 ) from error
             raise
         finally:
-            if granted is None:
+            if granted is None and self.may_hold:
                 yield from self._undo()
         return granted
 
@@ -176,23 +187,20 @@ class AdvisoryLock:
         if message := self._surroundings.settling():
             yield message
 
-    def withdraw(self, granted: Granted) -> Steps[None]:
-        if not self.wish.in_transaction:
-            yield from self.release(granted)
-            return
-        self._application_name = granted.before
+    def withdraw(self) -> Steps[None]:
         yield from self._undo()
 
     def release(self, granted: Granted) -> Steps[bool]:
         if self.wish.in_transaction:
             return (yield from self.check(granted))
         given_back = None
+        self._application_name = granted.before
         try:
             *given_back, _ = yield _release(self._names, granted)
+            self.may_hold = False
         finally:
-            if given_back is None:
+            if self.may_hold:
                 # Whether it was done before it failed, nobody said.
-                self._application_name = granted.before
                 yield from self._undo()
         return all(given_back)
 
@@ -210,11 +218,13 @@ class AdvisoryLock:
         """Give back whatever there is of this lock. Where that fails too, the end of the session does it."""
         try:
             yield self._surroundings.undoing(_give_back(self._names), self._application_name)
+            self.may_hold = False
         except DatabaseError as error:
             # Before the savepoint nothing was taken, and after it only what belongs to the transaction: which has now
             # failed, and all its locks are gone.
             if not (self.wish.in_transaction and error.sqlstate == _NO_SUCH_SAVEPOINT):
                 yield HangUp()
+            self.may_hold = False
 
     def _queue(self, deadline: float | None, report: Report | None) -> Steps[Granted | None]:
         """Wait in the order of arrival. None: the time is over."""
@@ -236,6 +246,8 @@ class AdvisoryLock:
                 if not attempt.predecessor:
                     locked_out = not attempt.admitted
                     if attempt.admitted:
+                        if message := around.letting_go():
+                            yield message
                         yield Pause(min(next(pause), milliseconds / 1000))
             if report and time.monotonic() >= next_report:
                 next_report = time.monotonic() + REPORT_SECONDS
@@ -388,6 +400,10 @@ class OwnSession:
             {description}
         """
 
+    def reopening(self) -> str:
+        """What is to be said when the first message failed, so that the caller's transaction lives on."""
+        return ""
+
     def first(self, text: str) -> str:
         """The first message whose grant lasts."""
         return self.attempt(text)
@@ -399,6 +415,10 @@ class OwnSession:
     def errand(self, text: str, lasting: str = "") -> str:
         """A message of which nothing lasts that belongs to its transaction, except what is set before."""
         return f"{lasting} {text}"
+
+    def letting_go(self) -> str:
+        """What is to be said so that nothing is kept of an attempt in vain."""
+        return ""
 
     def settling(self) -> str:
         """What is to be said when all of the locks that were asked for are held."""
@@ -453,7 +473,10 @@ class InTransaction(OwnSession):
     waits_apart = True
     copies = "dblock.found_"
 
-    _acquiring = False  # whether there is the savepoint
+    def __init__(self, server_version: int) -> None:
+        super().__init__(server_version)
+        self._savepoint = f"dblock_{secrets.token_hex(4)}"  # nobody else's name
+        self._acquiring = False  # whether there is the savepoint
 
     def opening(self, description: str, own_pid: int | None, release_seconds: int) -> str:  # noqa: ARG002
         copy = ", ".join(
@@ -461,31 +484,37 @@ class InTransaction(OwnSession):
             for name in ("search_path", "statement_timeout", "lock_timeout")
         )
         return f"""
-            SAVEPOINT dblock;
+            SAVEPOINT {self._savepoint};
             SELECT {copy};
             {self._set_local()}
             {description};
-            ROLLBACK TO SAVEPOINT dblock;
-            RELEASE SAVEPOINT dblock
+            ROLLBACK TO SAVEPOINT {self._savepoint};
+            RELEASE SAVEPOINT {self._savepoint}
         """
+
+    def reopening(self) -> str:
+        return f"ROLLBACK TO SAVEPOINT {self._savepoint}; RELEASE SAVEPOINT {self._savepoint}"
 
     def first(self, text: str) -> str:
         self._acquiring = True
-        return f"SAVEPOINT dblock; {self._set_local()} {text}"
+        return f"SAVEPOINT {self._savepoint}; {self._set_local()} {text}"
 
     def attempt(self, text: str) -> str:
-        return f"ROLLBACK TO SAVEPOINT dblock; {self._set_local()} {text}"
+        return f"ROLLBACK TO SAVEPOINT {self._savepoint}; {self._set_local()} {text}"
 
     def errand(self, text: str, lasting: str = "") -> str:
         if not self._acquiring:
             return self.opening(text, None, 0)
         return f"""
-            ROLLBACK TO SAVEPOINT dblock;
-            {lasting and f"RELEASE SAVEPOINT dblock; {lasting} SAVEPOINT dblock;"}
+            ROLLBACK TO SAVEPOINT {self._savepoint};
+            {lasting and f"RELEASE SAVEPOINT {self._savepoint}; {lasting} SAVEPOINT {self._savepoint};"}
             {self._set_local()}
             {text};
-            ROLLBACK TO SAVEPOINT dblock
+            ROLLBACK TO SAVEPOINT {self._savepoint}
         """
+
+    def letting_go(self) -> str:
+        return f"ROLLBACK TO SAVEPOINT {self._savepoint}"
 
     def settling(self) -> str:
         self._acquiring = False
@@ -494,17 +523,17 @@ class InTransaction(OwnSession):
             SELECT set_config('search_path', {_quote(found.search_path)}, true),
                    set_config('statement_timeout', {_quote(found.statement_timeout)}, true),
                    set_config('lock_timeout', {_quote(found.lock_timeout)}, true);
-            RELEASE SAVEPOINT dblock
+            RELEASE SAVEPOINT {self._savepoint}
         """
 
     def undoing(self, text: str, application_name: str) -> str:
         self._acquiring = False
         return f"""
-            ROLLBACK TO SAVEPOINT dblock;
+            ROLLBACK TO SAVEPOINT {self._savepoint};
             {self._set_local()}
             {text};
-            ROLLBACK TO SAVEPOINT dblock;
-            RELEASE SAVEPOINT dblock;
+            ROLLBACK TO SAVEPOINT {self._savepoint};
+            RELEASE SAVEPOINT {self._savepoint};
             {self._restore(application_name)}
         """
 

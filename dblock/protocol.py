@@ -160,6 +160,7 @@ class ServerLock(Protocol):
     """One lock in one session, as one engine says it."""
 
     wish: Wish
+    may_hold: bool  # from the first attempt until it is known that nothing of the lock is held
 
     def open(self, conditions: Conditions) -> Steps[None]:
         """Make the session ready for the lock, or refuse it.
@@ -189,8 +190,8 @@ class ServerLock(Protocol):
         """Say what is to be said when all of the locks that were asked for are held, the last one first."""
         ...
 
-    def withdraw(self, granted: Granted) -> Steps[None]:
-        """Give the lock back because another one was not granted; also one that lasts until the transaction's end."""
+    def withdraw(self) -> Steps[None]:
+        """Give back what there is of the lock, at any time between the first attempt and `settle`."""
         ...
 
     def release(self, granted: Granted) -> Steps[bool]:
@@ -248,9 +249,10 @@ def acquire_all(
         return taken
     finally:
         if not complete:
-            for lock, granted in reversed(taken):
-                with suppress(DatabaseError):  # the session is closed then
-                    yield from lock.withdraw(granted)
+            for lock in reversed(locks):
+                if lock.may_hold:
+                    with suppress(DatabaseError):  # the session is closed then
+                        yield from lock.withdraw()
 
 
 def release_all(holds: Holds) -> Steps[list[ServerLock]]:
@@ -268,6 +270,8 @@ def release_all(holds: Holds) -> Steps[list[ServerLock]]:
         try:
             if not (yield from lock.release(granted)):
                 lost.append(lock)
+        except GeneratorExit:
+            raise
         except BaseException as error:  # noqa: BLE001 - raised below, after the others had their turn
             failure = failure or error
     if failure is not None:

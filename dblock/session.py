@@ -13,10 +13,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from threading import RLock
+from threading import Lock, RLock
 from typing import TYPE_CHECKING, Any, Literal
 
-from dblock.errors import DatabaseError
+from dblock.errors import DatabaseError, UnsafeConnection
 from dblock.protocol import ANSWER_SECONDS, Engine, HangUp, Message, Pause, Row, ServerLock, Steps, T, Wait, Wish
 
 if TYPE_CHECKING:
@@ -28,17 +28,45 @@ if TYPE_CHECKING:
 Scope = Literal["session", "transaction"]
 
 
+# The connections of callers on which a lock is being acquired, by their identities.
+_claimed: set[int] = set()
+_claiming = Lock()
+
+
+def claim(connection: object) -> None:
+    """Be the only one who acquires a lock on a caller's connection, until `unclaim`.
+
+    To the server all of a session's locks are one holder's: of two who acquire the same one on one connection, both
+    would have it; and what one takes back in a transaction would be the other's too.
+
+    Raises:
+        UnsafeConnection: somebody else does.
+    """
+    with _claiming:
+        if id(connection) in _claimed:
+            raise UnsafeConnection("another lock is being acquired on this connection, by another thread or task")
+        _claimed.add(id(connection))
+
+
+def unclaim(connection: object) -> None:
+    """Let others acquire on it."""
+    with _claiming:
+        _claimed.discard(id(connection))
+
+
 @dataclass(frozen=True)
 class Loan:
     """The caller's connection, on loan to a lock.
 
     Attributes:
+        connection: the driver's, claimed.
         began: the lock's first message begins a transaction, where the caller had none.
         rollback: ends it. Its result is to be awaited where the connection is asynchronous.
         returned: is called when nothing of the lock is left on the connection.
         closed: is called when the connection had to be closed. Its result is to be awaited likewise.
     """
 
+    connection: object
     began: bool
     rollback: Callable[[], Any]
     returned: Callable[[], None] = lambda: None
@@ -75,6 +103,11 @@ class AnySession(ABC):
     @abstractmethod
     def in_transaction(self) -> bool | None:
         """Whether a transaction is open, as the driver knows it; None: it does not."""
+
+    @property
+    @abstractmethod
+    def would_begin(self) -> bool:
+        """Whether the connection is not in autocommit, so that a statement begins a transaction."""
 
     @abstractmethod
     def alive(self) -> bool:
@@ -134,6 +167,12 @@ class Session(AnySession):
             except StopIteration as end:
                 result: T = end.value
                 return result
+            finally:
+                if getattr(steps, "gi_frame", None) is not None:
+                    # A signal's exception came in between, and what had been taken could not be given back.
+                    self.close()
+                    with suppress(RuntimeError):
+                        steps.close()
 
     def leave(self, *, granted: bool) -> None:
         """The lock is done with the connection: its own is closed, the caller's is as it was.
@@ -144,9 +183,9 @@ class Session(AnySession):
         if self.loan is None:
             self.close()
         elif not self.closed:
+            self.loan.returned()
             if self.loan.began and not granted:
                 self.loan.rollback()
-            self.loan.returned()
 
     def _execute(self, message: Message, meanwhile: Callable[[], None] | None) -> Row:
         if isinstance(message, Pause):
