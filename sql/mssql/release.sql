@@ -18,7 +18,8 @@ If it fails it raises error 50000 (severity 16, state as below), whose message b
                 acquire.sql; or the lock was given back by somebody else. After the cut off one: what the session ran since
                 ran WITHOUT the lock, for all that it could know
     51005   5   inside a transaction; the lock is still held
-    51007   7   the server refused the call; the lock is held until the session ends
+    51007   7   the server refused the call: the lock is held until the session ends. Or the lock was taken in a database that is
+                gone, or that this login does not see from here: USE it and run release.sql again
 */
 SET NOEXEC OFF;
 SET PARSEONLY OFF;
@@ -50,7 +51,7 @@ BEGIN TRY
         @dblock_release_failed  = ISNULL(TRY_CAST(CAST(SESSION_CONTEXT(N'dblock.failed') AS nvarchar(20)) AS int), 0),
         @dblock_release_entry   = '';
 
-    IF @dblock_release_failed > 0
+    IF @dblock_release_failed > 0 OR @dblock_release_waiting <> ''
     BEGIN
         SET @dblock_release_error = 51004;
         SET @dblock_release_failure = CASE
@@ -61,7 +62,7 @@ BEGIN TRY
             + CASE WHEN @dblock_release_failed > 1
                    THEN N'. The session stays closed, since another acquire.sql failed too: run release.sql for that one'
                    ELSE N'. The session is open again' END;
-        SET @dblock_release_failed = @dblock_release_failed - 1;
+        SET @dblock_release_failed = CASE WHEN @dblock_release_failed > 0 THEN @dblock_release_failed - 1 ELSE 0 END;
         EXEC sys.sp_set_session_context N'dblock.failed', @dblock_release_failed;
         -- A cancel may have met the grant.
         SET @dblock_release_entry = @dblock_release_waiting;
@@ -77,7 +78,8 @@ BEGIN TRY
 
     -- An entry: `database key before;`
     IF @dblock_release_error IS NULL
-       AND (@dblock_release_entry NOT LIKE '[0-9]% %[0-9] %;' OR @dblock_release_entry LIKE '%[^0-9A-F ;-]%')
+       AND (@dblock_release_entry COLLATE Latin1_General_BIN2 NOT LIKE '[0-9]% %[0-9] %;'
+            OR @dblock_release_entry COLLATE Latin1_General_BIN2 LIKE '%[^0-9A-F ;-]%')
         SELECT @dblock_release_error = 51004,
                @dblock_release_failure = N'dblock.held does not hold what acquire.sql wrote',
                @dblock_release_entry = '';
@@ -93,7 +95,7 @@ BEGIN TRY
         EXEC sys.sp_executesql @dblock_release_sql, N'@before varbinary(128) OUTPUT', @before = @dblock_release_before OUTPUT;
 
         -- An application lock is known only in its own database; on Babelfish in all, and there no procedure of another one can
-        -- be called. A database that is gone has taken its locks with it.
+        -- be called. A database without a name is gone, or hidden from this login here: the entry stays.
         SET @dblock_release_sql = N'
             IF APPLOCK_MODE(''public'', @resource, ''Session'') <> N''NoLock''
                 EXEC @result = sys.sp_releaseapplock
@@ -107,11 +109,16 @@ BEGIN TRY
             EXEC @dblock_release_there @dblock_release_sql, N'@resource nvarchar(255), @result int OUTPUT',
                 @resource = @dblock_release_resource, @result = @dblock_release_result OUTPUT;
         END;
+        ELSE
+            SET @dblock_release_result = -1;
 
         IF @dblock_release_result < 0
             SELECT @dblock_release_error = 51007,
-                   @dblock_release_failure = CONCAT(@dblock_release_resource, N': sp_releaseapplock returned ',
-                                                    @dblock_release_result);
+                   @dblock_release_failure = CONCAT(@dblock_release_resource, CASE
+                       WHEN @dblock_release_there IS NULL AND @dblock_release_database <> DB_ID()
+                       THEN N' was taken in a database that is gone, or that this login does not see from here: USE it and run'
+                            + N' release.sql again'
+                       ELSE CONCAT(N': sp_releaseapplock returned ', @dblock_release_result) END);
         ELSE
         BEGIN
             IF @dblock_release_result IS NULL AND @dblock_release_failure IS NULL
