@@ -250,7 +250,7 @@ def _look(lock: LockNames, session_id: int, milliseconds: int) -> str:
                 FROM sys.dm_tran_locks AS l
                 JOIN sys.dm_os_waiting_tasks AS t
                   ON t.session_id = l.request_session_id AND t.resource_address = l.lock_owner_address
-                WHERE {_is_lock(lock)} AND l.request_status <> 'GRANT' AND l.request_session_id <> {session_id}
+                WHERE {_is_lock(lock)} AND l.request_status NOT LIKE 'GRANT%' AND l.request_session_id <> {session_id}
                   AND t.wait_duration_ms >= {milliseconds})
         FROM (SELECT 1 AS always) AS one
         LEFT JOIN (SELECT TOP (1) s.session_id, s.program_name, s.host_name,
@@ -258,7 +258,7 @@ def _look(lock: LockNames, session_id: int, milliseconds: int) -> str:
                    FROM sys.dm_tran_locks AS l
                    JOIN sys.dm_exec_sessions AS s ON s.session_id = l.request_session_id
                    LEFT JOIN sys.dm_exec_requests AS r ON r.session_id = l.request_session_id
-                   WHERE {_is_lock(lock)} AND l.request_status = 'GRANT') AS holder ON 1 = 1;
+                   WHERE {_is_lock(lock)} AND l.request_status LIKE 'GRANT%') AS holder ON 1 = 1;
     """
     return f"""
         SET NOCOUNT ON;

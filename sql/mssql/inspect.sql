@@ -9,7 +9,8 @@ Needs       SQL Server to 2019, Managed Instance    VIEW SERVER STATE
             SQL Server 2022 and later               VIEW SERVER PERFORMANCE STATE
             Azure SQL Database                      VIEW DATABASE STATE; in Basic, S0, S1 and elastic pools the server's
                                                     admin, or a member of ##MS_ServerStateReader##
-            Without it the server answers with errors 300 and 297, and nothing is shown. GRANT ... TO [login], in master.
+            Without it the server answers with errors 300 and 297, and nothing is shown. GRANT ... TO [login], in master; in
+            Azure SQL Database GRANT VIEW DATABASE STATE TO [user], in this one.
             Only reads, also on a readable secondary, whose locks are its own. Nothing is created. One batch.
 
 sqlcmd      sqlcmd -d shared -W -i inspect.sql
@@ -328,7 +329,8 @@ FROM (SELECT COALESCE(CAST(r.lock_key AS nvarchar(20)), r.resource) AS lock,
             AND NOT EXISTS (SELECT 1 FROM @requests AS head
                             WHERE head.session = r.session AND head.lock_key = r.lock_key
                               AND head.in_queue = 1 AND head.holds = 1)
-      GROUP BY COALESCE(CAST(r.lock_key AS nvarchar(20)), r.resource), r.session, r.lost, r.lock_key, state.waiting) AS p;
+      GROUP BY COALESCE(CAST(r.lock_key AS nvarchar(20)), r.resource), r.session, r.lost, r.lock_key, state.waiting) AS p
+OPTION (RECOMPILE);         -- with the number of rows that the tables have, not the one that the server guesses
 
 
 -- The texts that other sessions say of themselves and of their locks.
@@ -378,8 +380,8 @@ line AS (
 
 described AS (
     SELECT p.lock, p.number, p.session, p.lost, p.lock_key, p.waiting, p.position, p.mode,
-           COALESCE(name.target, label.target + label.target_cut) AS target,
-           COALESCE(name.step,   label.step   + label.step_cut)   AS step,
+           COALESCE(name.target, CASE WHEN label.session IS NOT NULL THEN label.target + label.target_cut END) AS target,
+           COALESCE(name.step,   CASE WHEN label.session IS NOT NULL THEN label.step   + label.step_cut   END) AS step,
            label.tenant,
            CASE WHEN label.session IS NOT NULL THEN CASE WHEN label.since <= @now THEN label.since END
                 WHEN p.waiting = 1 THEN DATEADD(second, -p.waited_ms / 1000, @now)
@@ -441,6 +443,6 @@ ORDER BY MAX(d.waiting) OVER (PARTITION BY d.lock) DESC,
          MIN(COALESCE(d.since, '9999-12-31')) OVER (PARTITION BY d.lock),
          d.lock,
          d.number
-OPTION (MAXRECURSION 0);
+OPTION (MAXRECURSION 0, RECOMPILE);
 
 IF @counting = 1 SET NOCOUNT OFF;
