@@ -27,9 +27,9 @@ Settings    read from the session's context, and cleared by this script whatever
 Those lines as wishes.sql, then acquire.sql, the step b.sql, and release.sql, all on one connection. Mind the runner's own
 limit for a command, which is 30 seconds in most of them: it must be longer than the wait, best without limit.
 
-sqlcmd          sqlcmd -b -S server -d shared -i wishes.sql,acquire.sql,b.sql,release.sql
-                -t is the limit: leave it out, or -t 0
-Invoke-Sqlcmd   Invoke-Sqlcmd -ServerInstance server -Database shared -AbortOnError -Query ((Get-Content -Raw
+sqlcmd          sqlcmd -b -f 65001 -S server -d shared -i wishes.sql,acquire.sql,b.sql,release.sql
+                -f says that the files are UTF-8; -t is the limit: leave it out, or -t 0
+Invoke-Sqlcmd   Invoke-Sqlcmd -ServerInstance server -Database shared -AbortOnError -Query ((Get-Content -Raw -Encoding UTF8
                     wishes.sql, acquire.sql, b.sql, release.sql) -join "`nGO`n")
                 all in one call; -QueryTimeout is the limit: leave it out, or 65535
 SSMS            the four texts in one window, a line GO between them; Query Options, Execution time-out: 0
@@ -55,6 +55,7 @@ What nothing on the server can stop, so that only the runner's stop at the first
     a command timeout, or Cancel in SSMS, cuts this script off in the middle: the session is open, without the lock.
     release.sql then says so, with 51004
     a client that reconnects by itself goes on in a NEW session, which is open, without the lock: ConnectRetryCount=0
+    a step which itself says SET NOEXEC OFF opens the session again: what follows there runs without the lock
 
 The lock lasts until release.sql or the end of the session; a pool (SqlClient: Pooling=false) can keep that after Close(). It
 is a lock of this database, and excludes nobody who works in another one: let all callers agree on dblock.database. Several
@@ -297,7 +298,7 @@ BEGIN TRY
 
     IF @dblock_failure IS NULL
     BEGIN
-        SET @dblock_place = CHARINDEX(N'.', @dblock_timeout + N'.');
+        SET @dblock_place = CHARINDEX(N'.', LEFT(@dblock_timeout, 100) + N'.' COLLATE Latin1_General_BIN2);
         SET @dblock_seconds = LEFT(@dblock_timeout, @dblock_place - 1);
         SET @dblock_fraction = SUBSTRING(@dblock_timeout, @dblock_place, 4000);
         SET @dblock_failure = CASE
@@ -449,7 +450,7 @@ BEGIN TRY
                         WHERE l.resource_type = N''APPLICATION''
                           AND l.resource_database_id = DB_ID()
                           AND CHARINDEX(@bracketed, l.resource_description COLLATE Latin1_General_BIN2) > 0
-                          AND l.request_status = N''GRANT'';
+                          AND l.request_status LIKE N''GRANT%'';
 
                         SELECT @ahead = COUNT(DISTINCT l.request_session_id)
                         FROM sys.dm_tran_locks AS l
@@ -458,7 +459,7 @@ BEGIN TRY
                         WHERE l.resource_type = N''APPLICATION''
                           AND l.resource_database_id = DB_ID()
                           AND CHARINDEX(@bracketed, l.resource_description COLLATE Latin1_General_BIN2) > 0
-                          AND l.request_status <> N''GRANT''
+                          AND l.request_status NOT LIKE N''GRANT%''
                           AND t.wait_duration_ms > @waited;',
                         N'@bracketed nvarchar(300), @waited bigint, @holder int OUTPUT, @host nvarchar(128) OUTPUT,
                           @label varbinary(128) OUTPUT, @ahead int OUTPUT',
@@ -528,10 +529,12 @@ BEGIN TRY
                         CASE WHEN @dblock_since IS NOT NULL AND @dblock_said_tenant <> '-'
                              THEN CONCAT(N'held by tenant ', @dblock_said_tenant)
                              ELSE N'held by a session' END,
-                        N' (session ', @dblock_holder, N', host ' + NULLIF(@dblock_host, N''), N')',
-                        N' since ' + CASE WHEN CAST(@dblock_since AS date) = CAST(SYSDATETIME() AS date)
-                                          THEN SUBSTRING(CONVERT(nvarchar(19), @dblock_since, 120), 12, 8)
-                                          ELSE CONVERT(nvarchar(19), @dblock_since, 120) END) END,
+                        N' (session ', @dblock_holder,
+                        CASE WHEN @dblock_host <> N'' THEN CONCAT(N', host ', @dblock_host) END, N')',
+                        CASE WHEN CAST(@dblock_since AS date) = CAST(SYSDATETIME() AS date)
+                             THEN CONCAT(N' since ', SUBSTRING(CONVERT(nvarchar(19), @dblock_since, 120), 12, 8))
+                             WHEN @dblock_since IS NOT NULL
+                             THEN CONCAT(N' since ', CONVERT(nvarchar(19), @dblock_since, 120)) END) END,
                 CASE WHEN @dblock_ahead > 0 THEN CONCAT(N'; ', @dblock_ahead, N' ahead') END);
 
             IF @dblock_result = -1
@@ -593,17 +596,19 @@ END CATCH;
 IF @dblock_granted = 0 OR @dblock_failure IS NOT NULL
 BEGIN
     IF @dblock_asked = 1
-    BEGIN TRY
-        -- An error does not prove that nothing was taken.
-        IF APPLOCK_MODE('public', @dblock_resource, 'Session') <> N'NoLock'
-            EXEC sys.sp_releaseapplock @Resource = @dblock_resource, @LockOwner = N'Session', @DbPrincipal = N'public';
-        SET CONTEXT_INFO @dblock_before;
-        EXEC sys.sp_set_session_context N'dblock.held', @dblock_held;
-        EXEC sys.sp_set_session_context N'dblock.waiting', NULL;
-    END TRY
-    BEGIN CATCH
-        SET @dblock_failure = CONCAT(@dblock_failure, N'; and then: ', ERROR_MESSAGE());
-    END CATCH;
+    BEGIN
+        BEGIN TRY
+            -- An error does not prove that nothing was taken.
+            IF APPLOCK_MODE('public', @dblock_resource, 'Session') <> N'NoLock'
+                EXEC sys.sp_releaseapplock @Resource = @dblock_resource, @LockOwner = N'Session', @DbPrincipal = N'public';
+            SET CONTEXT_INFO @dblock_before;
+            EXEC sys.sp_set_session_context N'dblock.held', @dblock_held;
+            EXEC sys.sp_set_session_context N'dblock.waiting', NULL;
+        END TRY
+        BEGIN CATCH
+            SET @dblock_failure = CONCAT(@dblock_failure, N'; and then: ', ERROR_MESSAGE());
+        END CATCH;
+    END;
 
     -- NOEXEC last, since nothing runs after it. Babelfish knows PARSEONLY only, in a text of its own, from the next batch on.
     IF SERVERPROPERTY('Babelfish') IS NOT NULL
