@@ -15,7 +15,7 @@ import pymssql
 import pytest
 
 from tests.support import wait_until
-from tests.test_mssql_inspect import KEY, LOCK, Actor, Stage, plain_login, run, says, write_lock
+from tests.test_mssql_inspect import KEY, LOCK, Actor, Stage, permit, plain_login, run, says, write_lock
 
 Row = dict[str, Any]
 # In the place of WAITFOR. Within one batch Babelfish sees the sessions as it first did, unless told to look again.
@@ -195,6 +195,17 @@ def test_only_the_confirmed_one_of_several_shared_holders(stage: Stage) -> None:
     assert [alive(actor) for actor in several] == [True, False, True]
 
 
+def test_only_the_confirmed_one_of_several_with_a_slot(stage: Stage) -> None:
+    several = [stage.actor(says(tenant=f"T{n}")).holds(mode="S").holds(permit(n)) for n in range(3)]
+    head = stage.actor(says(waits=True)).holds(f"{LOCK}q")
+    pids = [actor.pid for actor in several]
+    assert [row["pid"] for row in force_release(stage, key=KEY)] == sorted(pids)
+    first, *others = force_release(stage, key=KEY, confirm=pids[1])
+    assert (first["pid"], first["outcome"][:7]) == (pids[1], "ended: ")
+    assert [(row["pid"], row["outcome"]) for row in others] == sorted((pid, held(pid)) for pid in (pids[0], pids[2]))
+    assert [alive(actor) for actor in (*several, head)] == [True, False, True, True]
+
+
 def test_a_session_that_holds_it_twice_is_one_holder(stage: Stage) -> None:
     holder = stage.actor().holds(mode="S")
     if stage.real:  # for the transaction too
@@ -208,7 +219,8 @@ def test_a_session_that_holds_it_twice_is_one_holder(stage: Stage) -> None:
 def test_the_own_session_is_never_ended(stage: Stage) -> None:
     own = stage.actor(says()).holds()
     said = (
-        "nothing was ended: your own session holds it; release.sql gives it back, or EXEC sp_releaseapplock"
+        "nothing was ended: your own session holds it; release.sql gives it back, where it is a transaction's COMMIT or"
+        " ROLLBACK, or EXEC sp_releaseapplock"
         f" @Resource = N'{LOCK}', @LockOwner = N'Session', @DbPrincipal = N'public'"
     )
     assert outcome(stage, own.connection, key=KEY) == said

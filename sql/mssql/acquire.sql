@@ -18,7 +18,7 @@ Settings    read from the session's context, and cleared by this script whatever
     dblock.timeout                seconds to wait, such as 600 or 0.5; 0: do not wait; absent: without limit
     dblock.database               the database this must be
     dblock.key                    the key this must be, as `dblock key` or key.sql computes it
-    dblock.shared                 on: beside others who say so; off or absent: beside nobody
+    dblock.shared                 on: beside others who say so or have a slot; off or absent: beside nobody
     dblock.slots                  1 to 999: so many beside each other, each with a number of its own from 0 on. It is left in
                                   the session's context: CAST(SESSION_CONTEXT(N'dblock.slot') AS int)
     dblock.scope                  session or absent: until release.sql. transaction: until COMMIT or ROLLBACK
@@ -125,6 +125,7 @@ DECLARE
     @dblock_resource          nvarchar(255),
     @dblock_mode              nvarchar(32) = N'Exclusive',
     @dblock_owner             nvarchar(32) = N'Session',
+    @dblock_isolation         int,                -- of the transaction; 5 is SNAPSHOT
     @dblock_queue             nvarchar(255),
     @dblock_permit            nvarchar(255),
     @dblock_permits           int = 0,            -- how many there are
@@ -148,6 +149,7 @@ DECLARE
     @dblock_result            int,
     @dblock_told              bit = 0,
     @dblock_asked             bit = 0,
+    @dblock_stuck             int = 0,            -- how many of them could not be given back
     @dblock_granted           bit = 0,
 
     -- The label: its fields percent-encoded, then fitted into what room there is.
@@ -208,8 +210,8 @@ BEGIN TRY
         @dblock_waiting       = ISNULL(CAST(SESSION_CONTEXT(N'dblock.waiting')  AS varchar(8000)), ''),
         @dblock_failed        = ISNULL(TRY_CAST(CAST(SESSION_CONTEXT(N'dblock.failed') AS nvarchar(20)) AS int), 0),
         @dblock_before        = ISNULL(CONTEXT_INFO(), 0x),
-        @dblock_slot_before   = ISNULL(CAST(TRY_CAST(CAST(SESSION_CONTEXT(N'dblock.slot') AS nvarchar(20)) AS smallint)
-                                            AS varchar(10)), '-');
+        @dblock_slot_before   = ISNULL(CAST(TRY_CAST(NULLIF(CAST(SESSION_CONTEXT(N'dblock.slot') AS nvarchar(20)), N'')
+                                                     AS smallint) AS varchar(10)), '-');
 
     -- A failure until the lock is held, and taken back then. Where an earlier one is unanswered and there are no wishes, their
     -- batch was skipped: this is an inner lock, which has a release.sql of its own to come. With wishes it is a retry.
@@ -368,7 +370,13 @@ BEGIN TRY
     IF @dblock_failure IS NULL
     BEGIN
         IF @dblock_scope = N'transaction'
+        BEGIN
             SET @dblock_owner = N'Transaction';
+            IF @@TRANCOUNT > 0                -- or IMPLICIT_TRANSACTIONS would open one here
+                SELECT @dblock_isolation = s.transaction_isolation_level
+                FROM sys.dm_exec_sessions AS s
+                WHERE s.session_id = @@SPID;
+        END;
         IF @dblock_shared = N'on'
             SET @dblock_mode = N'Shared';
         IF DATALENGTH(@dblock_slots) > 0
@@ -385,8 +393,7 @@ BEGIN TRY
                 THEN N'dblock.scope is transaction, but there is none: the lock would end at once; BEGIN TRANSACTION first'
             WHEN @dblock_owner = N'Transaction' AND XACT_STATE() <> 1
                 THEN N'this transaction can only be rolled back'
-            WHEN @dblock_owner = N'Transaction' AND ISNULL((SELECT s.transaction_isolation_level FROM sys.dm_exec_sessions AS s
-                                                            WHERE s.session_id = @@SPID), 5) = 5
+            WHEN @dblock_owner = N'Transaction' AND ISNULL(@dblock_isolation, 5) = 5
                 THEN N'under SNAPSHOT isolation the step may see the data as they were before the lock was granted; use another'
             WHEN @dblock_owner = N'Session' AND @@TRANCOUNT > 0
                 THEN N'inside a transaction the lock would be given back before the work is committed; send acquire.sql, the'
@@ -564,20 +571,28 @@ BEGIN TRY
                 -- In a text of its own, since only so the refusal of a right is caught. Those ahead have waited longer; who holds
                 -- the queue for permits is ahead of all in it. What a session set in a batch that still runs is seen in its
                 -- request only. (Babelfish has no such views.)
+                -- Inside a transaction a refusal, though caught, may leave it fit for nothing but a ROLLBACK: ask first.
                 IF OBJECT_ID(N'sys.dm_tran_locks') IS NOT NULL
+                   AND (@@TRANCOUNT = 0
+                        OR CAST(SERVERPROPERTY('EngineEdition') AS int) <> 5
+                           AND 1 IN (HAS_PERMS_BY_NAME(NULL, NULL, N'VIEW SERVER STATE'),
+                                     HAS_PERMS_BY_NAME(NULL, NULL, N'VIEW SERVER PERFORMANCE STATE'))
+                        OR CAST(SERVERPROPERTY('EngineEdition') AS int) = 5
+                           AND HAS_PERMS_BY_NAME(QUOTENAME(DB_NAME()), N'DATABASE', N'VIEW DATABASE STATE') = 1)
                 BEGIN
                     EXEC sys.sp_executesql N'
                         SELECT TOP (1)
                             @holder = h.session_id,
-                            @others = COUNT(*) OVER () - 1,
+                            @others = h.others,
                             @host   = s.host_name,
                             @label  = ISNULL(r.context_info, s.context_info)
-                        FROM (SELECT DISTINCT l.request_session_id AS session_id
+                        FROM (SELECT l.request_session_id AS session_id, COUNT(*) OVER () - 1 AS others
                               FROM sys.dm_tran_locks AS l
                               WHERE l.resource_type = N''APPLICATION''
                                 AND l.resource_database_id = DB_ID()
                                 AND CHARINDEX(@bracketed, l.resource_description COLLATE Latin1_General_BIN2) > 0
-                                AND l.request_status LIKE N''GRANT%'') AS h
+                                AND l.request_status LIKE N''GRANT%''
+                              GROUP BY l.request_session_id) AS h
                         LEFT JOIN sys.dm_exec_sessions AS s ON s.session_id = h.session_id
                         LEFT JOIN sys.dm_exec_requests AS r ON r.session_id = h.session_id;
 
@@ -746,6 +761,10 @@ BEGIN TRY
         END;
     END;
 
+    IF @dblock_failure IS NULL AND @dblock_owner = N'Transaction' AND XACT_STATE() <> 1
+        SELECT @dblock_error = 51007,
+               @dblock_failure = N'an error during the wait has left this transaction fit for nothing but a ROLLBACK';
+
     IF @dblock_failure IS NULL AND @dblock_permits > 0
     BEGIN
         SELECT @dblock_result = NULL, @dblock_slot_said = @dblock_slot;
@@ -780,7 +799,7 @@ BEGIN
     IF @dblock_asked = 1
     BEGIN
         -- An error does not prove that nothing was taken. What cannot be given back stays in dblock.waiting, for release.sql.
-        SELECT @dblock_place = 1, @dblock_left = 0;
+        SET @dblock_place = 1;
         WHILE @dblock_place <= 3
         BEGIN
             SELECT
@@ -796,12 +815,12 @@ BEGIN
                             @Resource = @dblock_asked_resource, @LockOwner = @dblock_asked_owner, @DbPrincipal = N'public';
                 END;
                 IF ISNULL(@dblock_result, -999) < 0
-                    SELECT @dblock_left = @dblock_left + 1,
+                    SELECT @dblock_stuck = @dblock_stuck + 1,
                            @dblock_failure = CONCAT(@dblock_failure, N'; and then: ', @dblock_asked_resource,
                                                     N' could not be given back (', @dblock_result, N')');
             END TRY
             BEGIN CATCH
-                SELECT @dblock_left = @dblock_left + 1,
+                SELECT @dblock_stuck = @dblock_stuck + 1,
                        @dblock_failure = CONCAT(@dblock_failure, N'; and then: ', ERROR_MESSAGE());
             END CATCH;
             SET @dblock_place = @dblock_place + 1;
@@ -812,7 +831,7 @@ BEGIN
             EXEC sys.sp_set_session_context N'dblock.held', @dblock_held;
             SET @dblock_slot_said = NULLIF(@dblock_slot_before, '-');
             EXEC sys.sp_set_session_context N'dblock.slot', @dblock_slot_said;
-            IF @dblock_left = 0
+            IF @dblock_stuck = 0
                 EXEC sys.sp_set_session_context N'dblock.waiting', NULL;
         END TRY
         BEGIN CATCH

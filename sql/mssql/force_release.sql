@@ -1,9 +1,9 @@
 /*
 dblock force_release, for SQL Server 2016 to 2025, Azure SQL Database and Managed Instance
 
-Shows who holds one lock; and, told which of them, ends that session, only if it still holds that lock. The server then gives
-back all that the session held and hands the lock on. What the session was doing is rolled back or stays half done: look
-first whether it is really gone or stuck (inspect.sql shows who it is).
+Shows who holds one lock, several sessions if it is shared or has slots; and, told which of them, ends that one, only if it
+still holds that lock. The server then gives back all that the session held, its slot too, and hands the lock on. What the
+session was doing is rolled back or stays half done: look first whether it is really gone or stuck (inspect.sql shows who it is).
 
 Needs       to look: VIEW SERVER STATE; from SQL Server 2022 VIEW SERVER PERFORMANCE STATE; in Azure SQL Database VIEW DATABASE
             STATE (see inspect.sql). Without it the server answers with errors 300 and 297, and nothing is done.
@@ -243,7 +243,8 @@ SELECT CASE
            WHEN DATALENGTH(@confirm) > 0 AND NOT EXISTS (SELECT 1 FROM @holders AS c WHERE c.confirmed = 1)
                THEN N'nothing was ended: pid ' + @confirm + N' does not hold this lock, this session does'
            WHEN h.session = @@SPID
-               THEN N'nothing was ended: your own session holds it; release.sql gives it back, or EXEC sp_releaseapplock '
+               THEN N'nothing was ended: your own session holds it; release.sql gives it back, where it is a transaction''s '
+                    + N'COMMIT or ROLLBACK, or EXEC sp_releaseapplock '
                     + N'@Resource = N''dblock:' + CAST(@lock_key AS nvarchar(20)) + N''', @LockOwner = N''Session'', '
                     + N'@DbPrincipal = N''public'''
            WHEN h.confirmed = 0 AND @permitted = 0 OR h.confirmed = 1 AND @failure = 6102
