@@ -7,6 +7,8 @@
 The contract that Python, the command line and the SQL scripts share is told in docs/contract.md.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from dblock.errors import (
     AlreadyHeld,
     DatabaseError,
@@ -20,8 +22,12 @@ from dblock.errors import (
 from dblock.lock import Lock, lock
 from dblock.names import Key, key
 
+if TYPE_CHECKING:
+    from dblock.aio import AsyncLock, alock
+
 __all__ = [
     "AlreadyHeld",
+    "AsyncLock",
     "DatabaseError",
     "Error",
     "Key",
@@ -31,6 +37,16 @@ __all__ = [
     "LockNotHeld",
     "LockTimeout",
     "UnsafeConnection",
+    "alock",
     "key",
     "lock",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # asyncio takes longer to import than all of dblock.
+    if name in ("AsyncLock", "alock"):
+        from dblock import aio
+
+        return getattr(aio, name)
+    raise AttributeError(f"module 'dblock' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""From what the caller gave to a connection of the lock's own: which driver's business it is.
+"""From what the caller gave to a connection: which driver's business it is, and whose the connection is.
 
 No driver is imported before its kind of connection is wanted, so ``import dblock`` costs nothing and needs none.
 """
@@ -6,14 +6,43 @@ No driver is imported before its kind of connection is wanted, so ``import dbloc
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from importlib import import_module
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 from dblock.errors import DatabaseError, UnsafeConnection
-from dblock.session import Session
+from dblock.protocol import T
+from dblock.session import Scope, Session
 
-Source = str | Callable[[], Any]
+if TYPE_CHECKING:
+    import psycopg
+    import pymssql
+    import sqlalchemy
+    import sqlalchemy.ext.asyncio
+    import sqlalchemy.orm
+
+    from dblock.aio_session import AsyncSession
+
+    BlockingConnection: TypeAlias = psycopg.Connection[Any] | pymssql.Connection
+    Source: TypeAlias = (
+        str
+        | Callable[[], BlockingConnection]
+        | BlockingConnection
+        | sqlalchemy.Engine
+        | sqlalchemy.Connection
+        | sqlalchemy.orm.Session
+        | sqlalchemy.orm.scoped_session[Any]
+    )
+    AsyncSource: TypeAlias = (
+        str
+        | Callable[[], Awaitable[psycopg.AsyncConnection[Any]]]
+        | Callable[[], pymssql.Connection]
+        | psycopg.AsyncConnection[Any]
+        | sqlalchemy.ext.asyncio.AsyncEngine
+        | sqlalchemy.ext.asyncio.AsyncConnection
+        | sqlalchemy.ext.asyncio.AsyncSession
+        | sqlalchemy.ext.asyncio.async_scoped_session[Any]
+    )
 
 # The driver that speaks for each scheme of a URL. A text without a scheme is a conninfo string of libpq's.
 _DRIVERS = {
@@ -26,57 +55,120 @@ _DRIVERS = {
 _SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://")
 
 
+# Packages whose objects are taken for what they are, and not for a callable that returns a connection.
+_PACKAGES = ("psycopg", "pymssql", "sqlalchemy")
+
+
 class _Driver(Protocol):
-    """What a module ``dblock.driver_…`` offers."""
+    """What a module ``dblock.driver_…`` of a driver offers."""
 
     def connect(self, url: str) -> Session: ...
     def adopt(self, connection: Any) -> Session: ...
+    def borrow(self, connection: Any, scope: Scope) -> Session: ...
+    async def connect_async(self, url: str) -> AsyncSession: ...
+    async def adopt_async(self, connection: Any) -> AsyncSession: ...
+    def borrow_async(self, connection: Any, scope: Scope) -> AsyncSession: ...
     def translate(self, error: BaseException) -> DatabaseError: ...
     def secret_in(self, url: str) -> str | None: ...
 
 
-def check_source(db: Source) -> Source:
+def check_source(db: T, *, scope: Scope = "session") -> T:
     """Refuse early what cannot be a database, so that the mistake shows where the lock is made.
 
     Raises:
-        ValueError: an empty text, or a URL of another kind of database.
-        TypeError: neither text nor callable.
+        ValueError: an empty text, a URL of another kind of database, or a lock until the end of a transaction which
+            nobody but the lock would ever use.
+        TypeError: neither a text, nor a connection that is known, nor callable.
     """
     if isinstance(db, str):
         _driver_for(db)
-    elif not callable(db):
-        raise TypeError(f"db must be a str or a callable, not {type(db).__name__}")
+    elif _package_of(db) is None and not callable(db):
+        raise TypeError(
+            f"db must be a str, a connection, session or engine of psycopg, pymssql or SQLAlchemy, or a callable, not "
+            f"{type(db).__name__}"
+        )
+    if scope == "transaction" and not is_callers(db):
+        raise ValueError(
+            "scope='transaction' needs the caller's connection, whose work the transaction holds: on a connection of "
+            "the lock's own it would guard nothing"
+        )
     return db
 
 
-def connect(db: Source) -> Session:
-    """Open the lock's own connection.
+def is_callers(db: object) -> bool:
+    """Whether it is a connection of the caller's, rather than a way to a new one."""
+    if isinstance(db, str) or _package_of(db) is None:
+        return False
+    return type(db).__name__ not in ("Engine", "AsyncEngine") or _package_of(db) != "sqlalchemy"
+
+
+def connect(db: Source, scope: Scope = "session") -> Session:
+    """Open a connection of the lock's own, or take the caller's.
 
     Args:
-        db: a URL, a conninfo string, or a callable that returns a new connection of psycopg or pymssql.
+        db: see `dblock.lock`.
+        scope: how long the lock shall last.
 
     Raises:
         DatabaseError: the database cannot be reached, or the driver is missing.
         ValueError: the URL or conninfo string cannot be read.
-        UnsafeConnection: the callable returned something no lock can be trusted on.
+        UnsafeConnection: no lock can be trusted on what the caller gave.
     """
     if isinstance(db, str):
         return _driver_for(db).connect(db)
+    package = _package_of(db)
+    if package == "sqlalchemy":
+        from dblock import driver_sqlalchemy
+
+        return driver_sqlalchemy.session(cast("Any", db), scope)
+    if package is not None:
+        return _load(package).borrow(db, scope)
     try:
-        connection = db()
+        connection = cast("Callable[[], Any]", db)()
     except Exception as error:
-        driver = _driver_of(error)
-        if driver is None:
-            raise
-        said = driver.translate(error)
-        raise DatabaseError(f"the callable could not connect: {said}", said.sqlstate) from error
-    driver = _driver_of(connection)
-    if driver is None:
+        raise _failed(error) from error
+    return _new_connections_driver(connection).adopt(connection)
+
+
+async def connect_async(db: AsyncSource, scope: Scope = "session") -> AsyncSession:
+    """Open a connection for asyncio, or take the caller's, as `connect` does."""
+    if isinstance(db, str):
+        return await _driver_for(db).connect_async(db)
+    package = _package_of(db)
+    if package == "sqlalchemy":
+        from dblock import driver_sqlalchemy
+
+        return await driver_sqlalchemy.session_async(db, scope)
+    if package is not None:
+        return _load(package).borrow_async(db, scope)
+    try:
+        from inspect import isawaitable
+
+        connection = cast("Callable[[], Any]", db)()
+        if isawaitable(connection):
+            connection = await connection
+    except Exception as error:
+        raise _failed(error) from error
+    return await _new_connections_driver(connection).adopt_async(connection)
+
+
+def _failed(error: Exception) -> Exception:
+    """What a callable raised: a driver's error as dblock's, anything else as it is."""
+    package = _package_of(error)
+    if package not in set(_DRIVERS.values()):
+        return error
+    said = _load(package).translate(error)
+    return DatabaseError(f"the callable could not connect: {said}", said.sqlstate)
+
+
+def _new_connections_driver(connection: object) -> _Driver:
+    package = _package_of(connection)
+    if package is None or package not in _DRIVERS.values():
         raise UnsafeConnection(
             f"the callable must return a new connection of psycopg or pymssql, not {type(connection).__module__}."
             f"{type(connection).__qualname__}"
         )
-    return driver.adopt(connection)
+    return _load(package)
 
 
 def secret_in(url: str) -> str | None:
@@ -105,10 +197,10 @@ def _driver_for(text: str) -> _Driver:
     return _load(name)
 
 
-def _driver_of(thing: object) -> _Driver | None:
-    """The driver that a connection or an error belongs to, by the package of its class or of an ancestor's."""
+def _package_of(thing: object) -> str | None:
+    """The package that knows a connection or an error, by its class or an ancestor's."""
     packages = {ancestor.__module__.partition(".")[0] for ancestor in type(thing).__mro__}
-    return next((_load(name) for name in sorted(set(_DRIVERS.values())) if name in packages), None)
+    return next((name for name in _PACKAGES if name in packages), None)
 
 
 def _load(name: str) -> _Driver:

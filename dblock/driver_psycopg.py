@@ -1,4 +1,5 @@
-"""Sessions on PostgreSQL through psycopg: opened from a URL or conninfo string, or adopted from a callable's result.
+"""Sessions on PostgreSQL through psycopg, blocking or for asyncio: opened from a URL or conninfo string, adopted from a
+callable's result, or on the caller's connection.
 
 Imported only when such a connection is wanted: whoever uses dblock without PostgreSQL needs no psycopg.
 """
@@ -6,16 +7,18 @@ Imported only when such a connection is wanted: whoever uses dblock without Post
 from __future__ import annotations
 
 import re
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from dblock.aio_session import AsyncSession
 from dblock.errors import DatabaseError, UnsafeConnection
 from dblock.postgres import ENGINE, AdvisoryLock
 from dblock.protocol import Row, ServerLock, Wish
-from dblock.session import Session, hide_password, import_driver, one_line
+from dblock.session import Loan, Scope, Session, has_input, hide_password, import_driver, notice_dead_network, one_line
 
 if TYPE_CHECKING:
     import psycopg
+
+    AnyConnection = psycopg.Connection[Any] | psycopg.AsyncConnection[Any]
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _SECRETS = ("password", "sslpassword", "oauth_client_secret", "scram_client_key", "scram_server_key")
@@ -26,29 +29,35 @@ _UNREADABLE = (
 
 
 class PsycopgSession(Session):
-    """A psycopg connection in autocommit, spoken to in the simple protocol."""
+    """A psycopg connection, spoken to in the simple protocol."""
 
     engine = ENGINE
 
-    def __init__(self, connection: psycopg.Connection[Any]) -> None:
-        super().__init__()
+    def __init__(self, connection: psycopg.Connection[Any], loan: Loan | None = None) -> None:
+        super().__init__(loan)
+        if loan is None:
+            notice_dead_network(connection.fileno())
         self._connection = connection
 
     def lock(self, wish: Wish) -> ServerLock:
-        info = self._connection.info
-        return AdvisoryLock(wish, server_version=info.server_version, client_backend_pid=info.backend_pid)
+        return _lock(self._connection, wish, own=self.loan is None)
 
     def rows(self, text: str) -> list[Row]:
         import psycopg
+        from psycopg.rows import tuple_row
 
         try:
-            with self._connection.cursor() as cursor:
+            # The caller's connection may have a cursor class and rows of its own.
+            with psycopg.Cursor(self._connection, row_factory=tuple_row) as cursor:
                 # Without parameters and not prepared: the simple protocol, the only one that takes several
                 # statements in one message.
-                cursor.execute(text.encode(), prepare=False)
-                while cursor.nextset():
-                    pass
-                return cursor.fetchall() if cursor.description else []
+                cursor.execute(_encoded(self._connection, text), prepare=False)
+                rows: list[Row] = []
+                while True:
+                    if cursor.description:
+                        rows = cursor.fetchall()
+                    if not cursor.nextset():
+                        return _decoded(self._connection, rows)
         except psycopg.Error as error:
             raise translate(error) from error
 
@@ -56,13 +65,71 @@ class PsycopgSession(Session):
     def closed(self) -> bool:
         return self._connection.closed
 
+    @property
+    def in_transaction(self) -> bool:
+        return _in_transaction(self._connection)
+
     def fileno(self) -> int:
         return self._connection.fileno()
 
-    def close(self) -> None:
-        # The socket goes even where the driver could not say goodbye, and this runs while errors are on their way.
-        with suppress(Exception):
-            self._connection.close()
+    def alive(self) -> bool:
+        with self._turn:
+            return _alive(self._connection)
+
+    def _close(self) -> None:
+        # The socket goes even where the driver could not say goodbye.
+        self._connection.close()
+
+
+class AsyncPsycopgSession(AsyncSession):
+    """An asynchronous psycopg connection."""
+
+    engine = ENGINE
+
+    def __init__(self, connection: psycopg.AsyncConnection[Any], loan: Loan | None = None) -> None:
+        super().__init__(loan)
+        if loan is None:
+            notice_dead_network(connection.fileno())
+        self._connection = connection
+
+    def lock(self, wish: Wish) -> ServerLock:
+        return _lock(self._connection, wish, own=self.loan is None)
+
+    async def rows(self, text: str) -> list[Row]:
+        import psycopg
+        from psycopg.rows import tuple_row
+
+        try:
+            async with psycopg.AsyncCursor(self._connection, row_factory=tuple_row) as cursor:
+                await cursor.execute(_encoded(self._connection, text), prepare=False)
+                rows: list[Row] = []
+                while True:
+                    if cursor.description:
+                        rows = await cursor.fetchall()
+                    if not cursor.nextset():
+                        return _decoded(self._connection, rows)
+        except psycopg.Error as error:
+            raise translate(error) from error
+
+    @property
+    def closed(self) -> bool:
+        return self._connection.closed
+
+    @property
+    def in_transaction(self) -> bool:
+        return _in_transaction(self._connection)
+
+    def fileno(self) -> int:
+        return self._connection.fileno()
+
+    def alive(self) -> bool:
+        return _alive(self._connection)
+
+    async def _close(self) -> None:
+        await self._connection.close()
+
+
+# --- the lock's own connection ----------------------------------------------------------------------------------------
 
 
 def connect(conninfo: str) -> Session:
@@ -77,23 +144,26 @@ def connect(conninfo: str) -> Session:
     """
     import_driver("psycopg", "postgres")
     import psycopg
-    from psycopg.conninfo import make_conninfo
 
-    conninfo = _as_libpq_reads_it(conninfo)
-    settings = _settings(conninfo)
-    if "@" in str(settings.get("host", "")) or re.search(r"[^0-9,]", str(settings.get("port", ""))):
-        raise ValueError(
-            "db has no readable host or port (it is not shown, as it may hold a password); "
-            "in a URL percent-encode / : @ ? # % in user and password"
-        )
+    readable, password = _checked(conninfo)
     try:
-        connection = psycopg.connect(
-            make_conninfo(conninfo, client_encoding="UTF8"), autocommit=True, prepare_threshold=None
+        return PsycopgSession(psycopg.connect(readable, autocommit=True, prepare_threshold=None))
+    except psycopg.Error as error:
+        raise _not_connected(error, password) from None
+
+
+async def connect_async(conninfo: str) -> AsyncSession:
+    """Open a connection for asyncio, as `connect` does."""
+    import_driver("psycopg", "postgres")
+    import psycopg
+
+    readable, password = _checked(conninfo)
+    try:
+        return AsyncPsycopgSession(
+            await psycopg.AsyncConnection.connect(readable, autocommit=True, prepare_threshold=None)
         )
     except psycopg.Error as error:
-        text = hide_password(_message(error), str(settings.get("password") or ""))
-        raise DatabaseError(f"cannot connect to the database: {text}", error.sqlstate) from None
-    return PsycopgSession(connection)
+        raise _not_connected(error, password) from None
 
 
 def adopt(connection: psycopg.Connection[Any]) -> Session:
@@ -104,16 +174,8 @@ def adopt(connection: psycopg.Connection[Any]) -> Session:
         DatabaseError: it failed.
     """
     import psycopg
-    from psycopg.pq import TransactionStatus
 
-    if not isinstance(connection, psycopg.Connection):
-        raise UnsafeConnection(
-            f"the callable must return a new psycopg.Connection, not psycopg.{type(connection).__qualname__}"
-        )
-    if connection.closed:
-        raise UnsafeConnection("the callable returned a closed connection; it must return a new one each time")
-    if connection.info.transaction_status != TransactionStatus.IDLE:
-        raise UnsafeConnection("the callable returned a connection inside a transaction; it must return a new one")
+    _check_new(connection, psycopg.Connection)
     try:
         connection.autocommit = True
         connection.prepare_threshold = None
@@ -121,6 +183,153 @@ def adopt(connection: psycopg.Connection[Any]) -> Session:
     except psycopg.Error as error:
         raise DatabaseError(f"the callable's connection failed: {_message(error)}", error.sqlstate) from error
     return PsycopgSession(connection)
+
+
+async def adopt_async(connection: psycopg.AsyncConnection[Any]) -> AsyncSession:
+    """Take over a new asynchronous connection which a callable has opened, as `adopt` does."""
+    import psycopg
+
+    _check_new(connection, psycopg.AsyncConnection)
+    try:
+        await connection.set_autocommit(True)
+        connection.prepare_threshold = None
+        await connection.execute("SET client_encoding = 'UTF8'")
+    except psycopg.Error as error:
+        raise DatabaseError(f"the callable's connection failed: {_message(error)}", error.sqlstate) from error
+    return AsyncPsycopgSession(connection)
+
+
+# --- the caller's connection ------------------------------------------------------------------------------------------
+
+
+def borrow(connection: psycopg.Connection[Any], scope: Scope) -> Session:
+    """Use the caller's connection.
+
+    Raises:
+        UnsafeConnection: no lock of that scope could be trusted on it.
+    """
+    import psycopg
+
+    if not isinstance(connection, psycopg.Connection):
+        raise UnsafeConnection(f"a psycopg {type(connection).__qualname__} is for asyncio: use dblock.alock")
+    return PsycopgSession(connection, _loan(connection, scope))
+
+
+def borrow_async(connection: psycopg.AsyncConnection[Any], scope: Scope) -> AsyncSession:
+    """Use the caller's asynchronous connection, as `borrow` does."""
+    import psycopg
+
+    if not isinstance(connection, psycopg.AsyncConnection):
+        raise UnsafeConnection(f"a psycopg {type(connection).__qualname__} blocks: use dblock.lock")
+    return AsyncPsycopgSession(connection, _loan(connection, scope))
+
+
+def _loan(connection: AnyConnection, scope: Scope) -> Loan:
+    from psycopg.pq import PipelineStatus, TransactionStatus
+
+    status = connection.info.transaction_status
+    if connection.closed:
+        raise UnsafeConnection("the connection is closed")
+    if connection.pgconn.pipeline_status != PipelineStatus.OFF:
+        raise UnsafeConnection("the connection is in pipeline mode, in which a statement's outcome comes too late")
+    if status == TransactionStatus.INERROR:
+        raise UnsafeConnection("the connection is inside a transaction that has failed: ROLLBACK first")
+    if status == TransactionStatus.ACTIVE:
+        raise UnsafeConnection("the connection is busy with a statement")
+    if scope == "session" and not connection.autocommit:
+        raise UnsafeConnection(
+            "the connection is not in autocommit: the lock would be given back before the work is committed, or kept "
+            "beyond it. Use a connection in autocommit, or scope='transaction'"
+        )
+    if scope == "session" and status != TransactionStatus.IDLE:
+        raise UnsafeConnection(
+            "the connection is inside a transaction: the lock would be given back before the work is committed. "
+            "COMMIT first, or use scope='transaction'"
+        )
+    if scope == "transaction" and connection.autocommit and status == TransactionStatus.IDLE:
+        raise UnsafeConnection(
+            "no transaction is open, and the connection is in autocommit: a lock until the transaction's end would "
+            "end at once. Begin one, or use scope='session'"
+        )
+    return Loan(began=status == TransactionStatus.IDLE and scope == "transaction", rollback=connection.rollback)
+
+
+# --- pieces that both kinds of connection share -----------------------------------------------------------------------
+
+
+def _lock(connection: AnyConnection, wish: Wish, *, own: bool) -> ServerLock:
+    info = connection.info
+    return AdvisoryLock(wish, server_version=info.server_version, client_backend_pid=info.backend_pid, own=own)
+
+
+def _in_transaction(connection: AnyConnection) -> bool:
+    from psycopg.pq import TransactionStatus
+
+    return connection.info.transaction_status not in (TransactionStatus.IDLE, TransactionStatus.UNKNOWN)
+
+
+def _alive(connection: AnyConnection) -> bool:
+    """Read what the server has said unasked, such as that it ends the session, without asking anything."""
+    import psycopg
+
+    try:
+        while not connection.closed and has_input(connection.fileno()):
+            connection.pgconn.consume_input()
+    except psycopg.Error:
+        return False
+    return not connection.closed
+
+
+def _encoded(connection: AnyConnection, text: str) -> bytes:
+    return text.encode(connection.info.encoding, "surrogateescape")
+
+
+def _decoded(connection: AnyConnection, rows: list[Row]) -> list[Row]:
+    """With client_encoding SQL_ASCII the driver returns bytes for texts."""
+    if connection.info.encoding != "ascii":
+        return rows
+
+    def decoded(value: Any) -> Any:
+        if isinstance(value, list):
+            return [decoded(element) for element in value]
+        return value.decode("ascii", "surrogateescape") if isinstance(value, bytes) else value
+
+    return [tuple(map(decoded, row)) for row in rows]
+
+
+def _checked(conninfo: str) -> tuple[str, str]:
+    """The conninfo string as the driver is given it, and the password in it.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    from psycopg.conninfo import make_conninfo
+
+    conninfo = _as_libpq_reads_it(conninfo)
+    settings = _settings(conninfo)
+    if "@" in str(settings.get("host", "")) or re.search(r"[^0-9,]", str(settings.get("port", ""))):
+        raise ValueError(
+            "db has no readable host or port (it is not shown, as it may hold a password); "
+            "in a URL percent-encode / : @ ? # % in user and password"
+        )
+    return make_conninfo(conninfo, client_encoding="UTF8"), str(settings.get("password") or "")
+
+
+def _not_connected(error: psycopg.Error, password: str) -> DatabaseError:
+    return DatabaseError(f"cannot connect to the database: {hide_password(_message(error), password)}", error.sqlstate)
+
+
+def _check_new(connection: AnyConnection, kind: type[Any]) -> None:
+    from psycopg.pq import TransactionStatus
+
+    if not isinstance(connection, kind):
+        raise UnsafeConnection(
+            f"the callable must return a new psycopg.{kind.__name__}, not psycopg.{type(connection).__qualname__}"
+        )
+    if connection.closed:
+        raise UnsafeConnection("the callable returned a closed connection; it must return a new one each time")
+    if connection.info.transaction_status != TransactionStatus.IDLE:
+        raise UnsafeConnection("the callable returned a connection inside a transaction; it must return a new one")
 
 
 def translate(error: BaseException) -> DatabaseError:

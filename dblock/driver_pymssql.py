@@ -10,20 +10,33 @@ the thread that sends it, and passes everybody else on to whatever callback stoo
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import selectors
+import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+from dblock.aio_session import AsyncSession, until_done
 from dblock.errors import DatabaseError, UnsafeConnection
 from dblock.mssql import ENGINE, AppLock
-from dblock.protocol import REPORT_SECONDS, Row, ServerLock, Wait, WaitOver, Wish
-from dblock.session import Session, hide_password, import_driver, one_line
+from dblock.protocol import ANSWER_SECONDS, REPORT_SECONDS, Row, ServerLock, Steps, T, Wait, WaitOver, Wish
+from dblock.session import (
+    Loan,
+    Scope,
+    Session,
+    has_input,
+    hide_password,
+    import_driver,
+    notice_dead_network,
+    one_line,
+)
 
 if TYPE_CHECKING:
     import pymssql
@@ -32,32 +45,53 @@ if TYPE_CHECKING:
 # would end a wait for a lock by closing the connection.
 _OPTIONS = ("appname", "encryption", "login_timeout", "tds_version")
 
-# How long after the deadline the server's own word is waited for: it ends the wait in good order, and says so.
+# How long after the deadline the server's own word is waited for: it ends the wait in good order, and says so. Without
+# it the connection must be closed, which a caller would mind more than a wait that is a little long.
 _SERVER_GRACE_SECONDS = 0.02
+_SERVER_GRACE_ON_LOAN_SECONDS = ANSWER_SECONDS
 
 # Windows wakes nobody who waits for a socket when a signal arrives.
 _LONGEST_NAP_SECONDS = 0.05 if os.name == "nt" else None
 
 
 class PymssqlSession(Session):
-    """A pymssql connection in autocommit."""
+    """A pymssql connection. After an error nobody knows what its session holds, so it is closed then."""
 
     engine = ENGINE
 
-    def __init__(self, connection: pymssql.Connection) -> None:
-        super().__init__()
+    def __init__(self, connection: pymssql.Connection, loan: Loan | None = None) -> None:
+        super().__init__(loan)
         self._connection = connection
         self._closed = False
         self._socket: int | None = None
+        self._interrupted: socket.socket | None = None
 
     def lock(self, wish: Wish) -> ServerLock:
-        return AppLock(wish)
+        return AppLock(wish, own=self.loan is None)
 
     def rows(self, text: str) -> list[Row]:
-        return self._send(text, _wait_for_reply)
+        return self._send(text, lambda reply: _wait_for_reply(reply, interrupted=self._interrupted))
 
     def wait(self, message: Wait, meanwhile: Callable[[], None] | None) -> list[Row]:
-        return self._send(message.text, lambda socket: _wait_for_reply(socket, message.deadline, meanwhile))
+        grace = _SERVER_GRACE_SECONDS if self.loan is None else _SERVER_GRACE_ON_LOAN_SECONDS
+        give_up = None if message.deadline is None else message.deadline + grace
+        return self._send(message.text, lambda reply: _wait_for_reply(reply, give_up, meanwhile, self._interrupted))
+
+    @property
+    def in_transaction(self) -> None:
+        return None
+
+    def interrupt_by(self, interrupted: socket.socket) -> None:
+        """Break off the message under way, or the next one, when something can be read from the socket."""
+        self._interrupted = interrupted
+
+    def alive(self) -> bool:
+        with self._turn:
+            if not self._closed and self._socket is not None and has_input(self._socket):
+                # Unasked for, the server says that it ends the session; or it is a mere notice. A message tells.
+                with suppress(DatabaseError):
+                    self.rows("SELECT 1")
+            return not self._closed
 
     @property
     def closed(self) -> bool:
@@ -68,11 +102,9 @@ class PymssqlSession(Session):
             raise OSError("no message was sent on this connection, or it is closed")
         return self._socket
 
-    def close(self) -> None:
+    def _close(self) -> None:
         self._closed = True
-        # This runs while errors are on their way.
-        with suppress(Exception):
-            self._connection.close()
+        self._connection.close()
 
     def _send(self, text: str, wait: Callable[[int], None]) -> list[Row]:
         import pymssql
@@ -81,11 +113,13 @@ class PymssqlSession(Session):
             raise DatabaseError("the connection is closed")
 
         def wait_for_reply(socket: int) -> None:
+            if self._socket is None and self.loan is None:
+                notice_dead_network(socket)
             self._socket = socket
             wait(socket)
 
         try:
-            with _waiting(wait_for_reply), self._connection.cursor() as cursor:
+            with _waiting(wait_for_reply), self._connection.cursor(as_dict=False) as cursor:
                 cursor.execute(text)
                 found: list[Row] = []
                 while True:
@@ -103,7 +137,7 @@ class PymssqlSession(Session):
             raise
 
 
-def connect(url: str) -> Session:
+def connect(url: str) -> PymssqlSession:
     """Open a connection.
 
     Args:
@@ -126,7 +160,7 @@ def connect(url: str) -> Session:
     return PymssqlSession(connection)
 
 
-def adopt(connection: pymssql.Connection) -> Session:
+def adopt(connection: pymssql.Connection) -> PymssqlSession:
     """Take over a new connection which a callable has opened.
 
     Raises:
@@ -147,6 +181,42 @@ def adopt(connection: pymssql.Connection) -> Session:
     return PymssqlSession(connection)
 
 
+async def connect_async(url: str) -> AsyncSession:
+    """Open a connection for asyncio, as `connect` does."""
+    return await _in_thread_of_its_own(lambda: connect(url))
+
+
+async def adopt_async(connection: pymssql.Connection) -> AsyncSession:
+    """Take over a new connection which a callable has opened, as `adopt` does."""
+    return await _in_thread_of_its_own(lambda: adopt(connection))
+
+
+def borrow(connection: pymssql.Connection, scope: Scope) -> Session:
+    """Use the caller's connection.
+
+    Raises:
+        UnsafeConnection: no lock of that scope could be trusted on it.
+    """
+    import pymssql
+
+    try:
+        autocommit = connection.autocommit_state
+        connection.cursor().close()
+    except pymssql.Error:
+        raise UnsafeConnection("the connection is closed") from None
+    if scope == "session" and not autocommit:
+        raise UnsafeConnection(
+            "the connection is not in autocommit: the lock would be given back before the work is committed, or kept "
+            "beyond it. Use a connection in autocommit, or scope='transaction'"
+        )
+    return PymssqlSession(connection, Loan(began=False, rollback=connection.rollback))
+
+
+def borrow_async(connection: object, scope: Scope) -> AsyncSession:  # noqa: ARG001 - as every driver's
+    """Refuse: a lock for asyncio would use the caller's connection in another thread."""
+    raise UnsafeConnection("pymssql's connections block: use dblock.lock, or give dblock.alock a URL")
+
+
 def translate(error: BaseException) -> DatabaseError:
     """What one of pymssql's errors says, as dblock's own."""
     return DatabaseError(_message(error))
@@ -159,6 +229,83 @@ def secret_in(url: str) -> str | None:
         ValueError: it cannot be read. The message does not show it.
     """
     return "password" if _arguments(url).get("password") else None
+
+
+# --- asyncio ----------------------------------------------------------------------------------------------------------
+
+
+class AsyncPymssqlSession(AsyncSession):
+    """A pymssql connection for asyncio, which the driver does not know: a thread of its own waits for it.
+
+    Not one of the event loop's own few threads: when all of those wait for locks, no holder could give one back.
+    """
+
+    engine = ENGINE
+
+    def __init__(self, blocking: PymssqlSession, thread: ThreadPoolExecutor) -> None:
+        super().__init__(None)
+        self._blocking = blocking
+        self._thread = thread
+        self._interrupt, interrupted = socket.socketpair()
+        self._sockets = (self._interrupt, interrupted)
+        blocking.interrupt_by(interrupted)
+
+    def lock(self, wish: Wish) -> ServerLock:
+        return self._blocking.lock(wish)
+
+    async def run(self, steps: Steps[T], meanwhile: Callable[[], Coroutine[Any, Any, None]] | None = None) -> T:
+        loop = asyncio.get_running_loop()
+
+        def report() -> None:
+            if meanwhile is not None:
+                asyncio.run_coroutine_threadsafe(meanwhile(), loop)
+
+        return await self._call(lambda: self._blocking.run(steps, report))
+
+    async def rows(self, text: str) -> list[Row]:
+        return await self._call(lambda: self._blocking.rows(text))
+
+    async def _close(self) -> None:
+        if not self.closed:
+            await self._call(self._blocking.close)
+        self._thread.shutdown(wait=False)
+        for socket_ in self._sockets:
+            socket_.close()
+
+    @property
+    def closed(self) -> bool:
+        return self._blocking.closed
+
+    @property
+    def in_transaction(self) -> None:
+        return None
+
+    def fileno(self) -> int:
+        return self._blocking.fileno()
+
+    def alive(self) -> bool:
+        return self._blocking.alive()
+
+    async def _call(self, function: Callable[[], T]) -> T:
+        future = asyncio.get_running_loop().run_in_executor(self._thread, function)
+        return await until_done(future, on_cancel=lambda: self._interrupt.send(b"x"))
+
+
+async def _in_thread_of_its_own(connect: Callable[[], PymssqlSession]) -> AsyncSession:
+    thread = ThreadPoolExecutor(1, thread_name_prefix="dblock")
+    connecting = thread.submit(connect)
+    try:
+        return AsyncPymssqlSession(await asyncio.wrap_future(connecting), thread)
+    except BaseException:
+        # Connecting cannot be interrupted: whatever comes of it is closed when it comes.
+        connecting.add_done_callback(_close_what_was_opened)
+        thread.shutdown(wait=False)
+        raise
+
+
+def _close_what_was_opened(connecting: Future[PymssqlSession]) -> None:
+    if not connecting.cancelled() and connecting.exception() is None:
+        connecting.result().close()
 
 
 # --- waiting ----------------------------------------------------------------------------------------------------------
@@ -211,23 +358,36 @@ def _callback(socket: int) -> None:
         wait(socket)
 
 
-def _wait_for_reply(socket: int, deadline: float | None = None, meanwhile: Callable[[], None] | None = None) -> None:
+class _Interrupted(BaseException):
+    """The task that waits was cancelled."""
+
+
+def _wait_for_reply(
+    reply: int,
+    give_up: float | None = None,
+    meanwhile: Callable[[], None] | None = None,
+    interrupted: socket.socket | None = None,
+) -> None:
     """Return when the server's reply arrives. Whatever is raised here, a signal's exception too, ends the wait.
 
     Raises:
-        WaitOver: the deadline has passed, and the server did not say so itself.
+        WaitOver: it is time to give up.
+        _Interrupted: something can be read from the given socket.
     """
-    give_up = None if deadline is None else deadline + _SERVER_GRACE_SECONDS
     next_report = time.monotonic() + REPORT_SECONDS if meanwhile else None
     with selectors.DefaultSelector() as selector:
-        selector.register(socket, selectors.EVENT_READ)
-        while not selector.select(_nap(give_up, next_report)):
+        selector.register(reply, selectors.EVENT_READ)
+        if interrupted is not None:
+            selector.register(interrupted, selectors.EVENT_READ)
+        while not (ready := selector.select(_nap(give_up, next_report))):
             now = time.monotonic()
             if give_up is not None and now >= give_up:
                 raise WaitOver("the server did not end the wait in time")
             if meanwhile and next_report is not None and now >= next_report:
                 next_report = now + REPORT_SECONDS
                 meanwhile()
+        if any(key.fileobj is interrupted for key, _ in ready):
+            raise _Interrupted
 
 
 def _nap(*moments: float | None) -> float | None:

@@ -9,12 +9,15 @@ from __future__ import annotations
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dblock.connect import Source, check_source, connect
+from dblock.connect import check_source, connect
 from dblock.errors import UnsafeConnection
 from dblock.label import printable
 from dblock.scripts import script
+
+if TYPE_CHECKING:
+    from dblock.connect import Source
 
 
 @dataclass(frozen=True)

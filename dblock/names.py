@@ -59,8 +59,27 @@ def key(target: str, step: str) -> Key:
             character or a lone surrogate.
         TypeError: a name is not a ``str``.
     """
-    preimage = _encode("target", target) + _SEPARATOR + _encode("step", step)
-    return Key(int.from_bytes(sha256(preimage).digest()[:8], "big", signed=True))
+    return _hashed(_encode("target", target), _encode("step", step))
+
+
+def permits(target: str, step: str, slots: int) -> tuple[Key, ...]:
+    """Compute the keys of the permits 0 to slots - 1 of a lock that several may hold at once.
+
+    Args:
+        target: as for `key`.
+        step: as for `key`.
+        slots: how many; callers with different numbers share the first ones.
+
+    Raises:
+        ValueError: as `key` does.
+        TypeError: as `key` does.
+    """
+    names = _encode("target", target), _encode("step", step)
+    return tuple(_hashed(*names, str(number).encode()) for number in range(slots))
+
+
+def _hashed(*parts: bytes) -> Key:
+    return Key(int.from_bytes(sha256(_SEPARATOR.join(parts)).digest()[:8], "big", signed=True))
 
 
 def _encode(argument: str, name: str) -> bytes:

@@ -11,14 +11,13 @@ form, whose first half is the key's high 32 bits ``h``:
     (h,  n)   the ticket of the waiter who came n-th, held exclusively
     (h, -1)   the gate under which tickets are numbered, held within one message only
 
-Exclusion never depends on the queue, only the order does. ``tests/test_server.py`` pins what is relied upon here.
+A lock with permits is the lock itself, shared, and a permit, whose key is one more bigint. Exclusion never depends on
+the queue, only the order does. ``tests/test_server.py`` pins what is relied upon here.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil
 from typing import NamedTuple
@@ -26,10 +25,25 @@ from typing import NamedTuple
 from dblock.errors import AlreadyHeld, DatabaseError, LockDeadlock, UnsafeConnection
 from dblock.label import fields
 from dblock.names import Key
-from dblock.protocol import REPORT_SECONDS, Busy, Conditions, Engine, Granted, Look, Steps, Wish
+from dblock.protocol import (
+    REPORT_SECONDS,
+    Busy,
+    Conditions,
+    Engine,
+    Granted,
+    HangUp,
+    Look,
+    Pause,
+    Report,
+    Steps,
+    Wish,
+    already_held,
+    pauses,
+)
 
 _LOCK_NOT_AVAILABLE = "55P03"
 _DEADLOCK_DETECTED = "40P01"
+_NO_SUCH_SAVEPOINT = "3B001"
 
 _LABEL_BYTES = 63  # application_name
 _TIME_WIDTH = 10  # of an epoch in seconds, until the year 2286
@@ -39,9 +53,17 @@ _TIME_WIDTH = 10  # of an epoch in seconds, until the year 2286
 # in slices, and slices stay below deadlock_timeout: above it, the server kills innocent waiters in just that case.
 SLICE_SECONDS = 0.9
 
+# But then no wait lasts until the server looks for deadlocks. A caller's session that holds more than its place in the
+# queue could be in one, so there every so many slices one is longer than deadlock_timeout.
+LONG_SLICE_EVERY = 4
+
 # While it waits a session may be silent for this long; then the server ends it. A frozen or cut-off waiter would
 # otherwise keep its ticket, and with it stop everybody behind.
-WAITER_SILENCE_SECONDS = 5
+WAITER_SILENCE_SECONDS = 2
+
+# How the server finds out that a client is gone without a word: after a silence, by so many probes at such intervals.
+PROBES = 3
+PROBE_SECONDS = 5
 
 ENGINE = Engine(
     name="postgres",
@@ -54,30 +76,44 @@ ENGINE = Engine(
         SET LOCAL search_path = pg_catalog, pg_temp;
     """,
     entry_row=lambda row: row,
-    keep_alive_seconds=None,
 )
 
 
 class AdvisoryLock:
     """One advisory lock in one session: a `dblock.protocol.ServerLock`."""
 
-    def __init__(self, wish: Wish, *, server_version: int, client_backend_pid: int) -> None:
+    def __init__(self, wish: Wish, *, server_version: int, client_backend_pid: int, own: bool) -> None:
         """Prepare; nothing is sent.
 
         Args:
             wish: the lock.
             server_version: as libpq counts it, 150018 for 15.18.
             client_backend_pid: what the driver was told at connecting. A pooler makes that number up.
+            own: whether the session is the lock's own; otherwise the caller's, and left as it was found.
         """
+        self.wish = wish
         self._names = LockNames.of(wish)
-        self._server_version = server_version
         self._client_backend_pid = client_backend_pid
+        self._surroundings = (
+            InTransaction(server_version)
+            if wish.in_transaction
+            else OwnSession(server_version)
+            if own
+            else BorrowedSession(server_version)
+        )
         self._slice_seconds = SLICE_SECONDS
+        self._long_slice_seconds: float | None = None
+        self._slices = 0
+        self._application_name = ""
         self._ticket: Ticket | None = None
 
     def open(self, conditions: Conditions) -> Steps[None]:
-        opened = Opened(*(yield self._prepare_for(conditions)))
-        if opened.backend_pid != self._client_backend_pid and not conditions.allow_session_pooler:
+        # A transaction has one backend, whatever stands in between.
+        pooler_ok = conditions.allow_session_pooler or self.wish.in_transaction
+        own_pid = None if pooler_ok else self._client_backend_pid
+        description = _describe_session(self._names, self._surroundings)
+        opened = Opened(*(yield self._surroundings.opening(description, own_pid, conditions.release_seconds)))
+        if opened.backend_pid != self._client_backend_pid and not pooler_ok:
             raise UnsafeConnection(
                 "a connection pooler stands between here and the server: in transaction or statement mode it gives "
                 "one lock to several callers. Connect to the server itself, or, if the pooler is in session mode for "
@@ -98,87 +134,145 @@ class AdvisoryLock:
                 f"connected to database {opened.database!r}, but {conditions.database!r} was asked for: callers in "
                 f"two databases do not exclude each other"
             )
-        if opened.already_held:
-            raise AlreadyHeld(
-                "the session of this connection holds the lock already; a callable must return a new connection each "
-                "time"
+        if self.wish.in_transaction and opened.isolation not in ("read committed", "read uncommitted"):
+            raise UnsafeConnection(
+                f"the transaction is {opened.isolation.upper()}: it would go on seeing the data as they were before "
+                f"the lock was granted. Use READ COMMITTED"
             )
+        if opened.already_held:
+            raise AlreadyHeld(already_held(own=not self._surroundings.borrowed))
         self._slice_seconds = min(SLICE_SECONDS, 0.9 * opened.deadlock_timeout_seconds)
+        # Longer by what the server needs to look.
+        self._long_slice_seconds = opened.deadlock_timeout_seconds + 0.3 if opened.holds_others else None
+        self._application_name = opened.settings[0]
+        self._surroundings.found = Settings(*opened.settings)
 
-    def acquire(self, timeout: float | None, report: Callable[[Look], None]) -> Steps[Granted | Busy]:
+    def acquire(self, timeout: float | None, report: Report | None) -> Steps[Granted | Busy]:
         deadline = None if timeout is None else time.monotonic() + timeout
-        granted = False
-        before = ""
+        granted = None
+        around = self._surroundings
         self._ticket = None
         try:
-            granted, before, _ = yield _try_at_once(self._names)
-            if not granted and timeout != 0:
+            attempt = Attempt(*(yield around.first(_try_at_once(self._names, around)))[:5])
+            self._application_name = attempt.before
+            granted = attempt.grant()
+            if granted is None and timeout != 0:
                 granted = yield from self._queue(deadline, report)
-            return Granted(before) if granted else Busy((yield from self.look()))
-        except DatabaseError as error:
-            if error.sqlstate == _DEADLOCK_DETECTED:
+            if granted is None:
+                return Busy(self.wish, (yield from self.look()))
+        except BaseException as error:
+            granted = None
+            if isinstance(error, DatabaseError) and error.sqlstate == _DEADLOCK_DETECTED:
                 raise LockDeadlock(
                     f"the server ended this wait to break a deadlock; nothing is held: {error}"
                 ) from error
             raise
         finally:
-            if not granted:
-                # A session in which this failed is closed by the runner, which gives everything back too.
-                with suppress(DatabaseError):
-                    yield _undo(self._names, before)
+            if granted is None:
+                yield from self._undo()
+        return granted
+
+    def settle(self) -> Steps[None]:
+        if message := self._surroundings.settling():
+            yield message
+
+    def withdraw(self, granted: Granted) -> Steps[None]:
+        if not self.wish.in_transaction:
+            yield from self.release(granted)
+            return
+        self._application_name = granted.before
+        yield from self._undo()
 
     def release(self, granted: Granted) -> Steps[bool]:
-        unlocked, _ = yield _release(self._names, granted.before)
-        return bool(unlocked)
+        if self.wish.in_transaction:
+            return (yield from self.check(granted))
+        given_back = None
+        try:
+            *given_back, _ = yield _release(self._names, granted)
+        finally:
+            if given_back is None:
+                # Whether it was done before it failed, nobody said.
+                self._application_name = granted.before
+                yield from self._undo()
+        return all(given_back)
 
-    def check(self) -> Steps[bool]:
-        (held,) = yield _is_held(self._names)
+    def check(self, granted: Granted) -> Steps[bool]:
+        keys = [self._names.key, *(self._names.permits[granted.slot :][:1] if granted.slot is not None else ())]
+        (held,) = yield self._surroundings.errand("SELECT " + " AND ".join(map(_own_lock, keys)))
         return bool(held)
 
     def look(self) -> Steps[Look]:
-        held, pid, name, host, ahead = yield _look(self._names, self._ticket)
-        return Look(held, None if pid is None else f"pid {pid}", says=name, application=name, host=host, ahead=ahead)
+        held, others, pid, name, host, ahead = yield self._surroundings.errand(_look(self._names, self._ticket))
+        session = None if pid is None else f"pid {pid}"
+        return Look(held, session, says=name, application=name, host=host, others=others, ahead=ahead)
 
-    def _prepare_for(self, conditions: Conditions) -> str:
-        own_pid = None if conditions.allow_session_pooler else self._client_backend_pid
-        return _prepare(self._names, self._server_version, own_pid)
+    def _undo(self) -> Steps[None]:
+        """Give back whatever there is of this lock. Where that fails too, the end of the session does it."""
+        try:
+            yield self._surroundings.undoing(_give_back(self._names), self._application_name)
+        except DatabaseError as error:
+            # Before the savepoint nothing was taken, and after it only what belongs to the transaction: which has now
+            # failed, and all its locks are gone.
+            if not (self.wish.in_transaction and error.sqlstate == _NO_SUCH_SAVEPOINT):
+                yield HangUp()
 
-    def _queue(self, deadline: float | None, report: Callable[[Look], None]) -> Steps[bool]:
-        """Wait in the order of arrival. False: the time is over."""
+    def _queue(self, deadline: float | None, report: Report | None) -> Steps[Granted | None]:
+        """Wait in the order of arrival. None: the time is over."""
         next_report = time.monotonic()
+        around = self._surroundings
+        pause = pauses()
+        locked_out = self._names.slots is None  # whether to wait for the lock itself: not for a permit of it
         while (milliseconds := self._slice(deadline)) is not None:
             if self._ticket is None:
                 yield from self._join(milliseconds)
-            elif self._ticket.predecessor:
-                (predecessor,) = yield _wait_for(self._names, self._ticket, milliseconds)
+            elif self._ticket.predecessor and around.waits_apart:
+                (predecessor,) = yield around.errand(_wait_for_turn(self._names, self._ticket, milliseconds))
                 self._ticket = Ticket(self._ticket.number, predecessor)
             else:
-                granted, *_ = yield _wait_as_head(self._names, self._ticket, milliseconds)
-                if granted:
-                    return True
-            if time.monotonic() >= next_report:
+                attempt = Attempt(*(yield around.attempt(self._take_in_turn(milliseconds, locked_out)))[:5])
+                self._ticket = Ticket(self._ticket.number, attempt.predecessor)
+                if granted := attempt.grant(self._application_name):
+                    return granted
+                if not attempt.predecessor:
+                    locked_out = not attempt.admitted
+                    if attempt.admitted:
+                        yield Pause(min(next(pause), milliseconds / 1000))
+            if report and time.monotonic() >= next_report:
                 next_report = time.monotonic() + REPORT_SECONDS
-                report((yield from self.look()))
-        return False
+                report(self.wish, (yield from self.look()))
+        return None
+
+    def _take_in_turn(self, milliseconds: int, locked_out: bool) -> str:
+        assert self._ticket is not None  # noqa: S101 - for the type checker
+        take = _take(self._names, self._ticket, self._surroundings)
+        if self._ticket.predecessor:
+            return _wait_for_predecessor(self._names, self._ticket, milliseconds) + take
+        return _wait_for_lock(self._names, milliseconds) + take if locked_out else take
 
     def _join(self, milliseconds: int) -> Steps[None]:
         """Draw a ticket. Where a foreign lock was in its way, whatever part of it was taken is given back."""
+        around = self._surroundings
         try:
-            self._ticket = Ticket(*(yield _join(self._names, milliseconds)))
+            arrive = _arrive(self._names, around)
+            self._ticket = Ticket(*(yield around.errand(_join(self._names, milliseconds), lasting=arrive)))
         except DatabaseError as error:
             if error.sqlstate != _LOCK_NOT_AVAILABLE:
                 raise
-            yield _give_back(self._names)
+            yield around.errand(_give_back(self._names))
 
     def _slice(self, deadline: float | None) -> int | None:
         """Milliseconds to wait in the next statement; None when the time is over.
 
         Never 0, which the server takes for "without limit".
         """
+        self._slices += 1
+        seconds = self._slice_seconds
+        if self._long_slice_seconds is not None and self._slices % LONG_SLICE_EVERY == 0:
+            seconds = self._long_slice_seconds
         if deadline is None:
-            return ceil(self._slice_seconds * 1000)
+            return ceil(seconds * 1000)
         remaining = deadline - time.monotonic()
-        return ceil(min(self._slice_seconds, remaining) * 1000) if remaining > 0 else None
+        return ceil(min(seconds, remaining) * 1000) if remaining > 0 else None
 
 
 @dataclass(frozen=True)
@@ -186,6 +280,9 @@ class LockNames:
     """A lock as the statements need it: numbers ready to be inlined, and the label's fitted fields."""
 
     key: int
+    permits: tuple[int, ...]
+    slots: int | None
+    shared: bool
     waiting_fields: str
     holding_fields: str
 
@@ -194,7 +291,14 @@ class LockNames:
         def fitted(time_width: int) -> str:
             return fields(wish.tenant, wish.target, wish.step, time_width=time_width, limit=_LABEL_BYTES)
 
-        return cls(wish.key.value, waiting_fields=fitted(_TIME_WIDTH + 1), holding_fields=fitted(_TIME_WIDTH))
+        return cls(
+            wish.key.value,
+            permits=tuple(permit.value for permit in wish.permits),
+            slots=wish.slots,
+            shared=wish.shared or wish.slots is not None,
+            waiting_fields=fitted(_TIME_WIDTH + 1),
+            holding_fields=fitted(_TIME_WIDTH),
+        )
 
     @property
     def high(self) -> int:
@@ -209,8 +313,210 @@ class LockNames:
     def objid(self) -> int:
         return Key(self.key).postgres.objid
 
+    @property
+    def mode(self) -> str:
+        """What ends the names of the functions for the lock itself."""
+        return "_shared" if self.shared else ""
 
-# --- the connection ---------------------------------------------------------------------------------------------
+
+# --- whose session it is ----------------------------------------------------------------------------------------
+
+
+class Settings(NamedTuple):
+    """The session's settings as they were found, as the strings that give them back."""
+
+    application_name: str
+    search_path: str
+    statement_timeout: str
+    lock_timeout: str
+    silence: str
+
+
+class OwnSession:
+    """The lock's own session: it is prepared once, and nothing needs to be put back.
+
+    The other two kinds of session are the caller's. What differs between the three is what stands around a message.
+
+    Attributes:
+        local: the third argument of set_config, for what lasts as long as the lock.
+        scope: what the names of the functions that take a lock have in the middle.
+        silence: which setting limits how long the session may be silent while it waits.
+        borrowed: whether it is the caller's.
+        waits_apart: whether a wait in the queue needs a message of its own, so that what it takes goes back at once.
+        copies: what the names of settings begin with, under which the message that opens finds the caller's.
+        found: the settings before the lock came.
+    """
+
+    local = "false"
+    scope = ""
+    silence = "idle_session_timeout"
+    borrowed = False
+    waits_apart = False
+    copies = ""
+    found = Settings("", "", "0", "0", "0")
+
+    def __init__(self, server_version: int) -> None:
+        self._server_version = server_version
+
+    def opening(self, description: str, own_pid: int | None, release_seconds: int) -> str:
+        """The first message: what the session says of itself.
+
+        The settings of role and database must not end a wait or an idle holder. search_path comes first: it decides
+        which operators and functions every later statement means. Where another backend than own_pid replies, nothing
+        is set beyond this message: the session is a pooler's, and its other clients would go on with it.
+
+        The server gives up a client that it has not heard of for release_seconds: probes find the end of a silent
+        network, and what it has sent itself it waits for as long.
+        """
+        settings = {
+            "search_path": "pg_catalog, pg_temp",
+            "statement_timeout": "0",
+            "lock_timeout": "0",
+            "idle_session_timeout": "0",
+            "tcp_keepalives_idle": str(max(1, release_seconds - PROBES * PROBE_SECONDS)),
+            "tcp_keepalives_interval": str(PROBE_SECONDS),
+            "tcp_keepalives_count": str(PROBES),
+            "tcp_user_timeout": f"{release_seconds}s",
+        }
+        if self._server_version >= 170000:
+            settings["transaction_timeout"] = "0"
+        needed = ", ".join(f"({_quote(name)}, {_quote(value)})" for name, value in settings.items())
+        return f"""
+            SET LOCAL search_path = pg_catalog, pg_temp;
+            SELECT set_config(name, value, false) FROM (VALUES {needed}) AS needed(name, value)
+            WHERE {"true" if own_pid is None else f"pg_backend_pid() = {own_pid}"};
+            {description}
+        """
+
+    def first(self, text: str) -> str:
+        """The first message whose grant lasts."""
+        return self.attempt(text)
+
+    def attempt(self, text: str) -> str:
+        """A message whose grant lasts."""
+        return text
+
+    def errand(self, text: str, lasting: str = "") -> str:
+        """A message of which nothing lasts that belongs to its transaction, except what is set before."""
+        return f"{lasting} {text}"
+
+    def settling(self) -> str:
+        """What is to be said when all of the locks that were asked for are held."""
+        return ""
+
+    def undoing(self, text: str, application_name: str) -> str:
+        """A message after which nothing is left of an acquire, not even where a message before it failed."""
+        return f"{text}; {self._restore(application_name)}"
+
+    def _restore(self, application_name: str) -> str:
+        return f"""
+            SELECT pg_catalog.set_config('application_name', {_quote(application_name)}, {self.local}),
+                   pg_catalog.set_config('{self.silence}', {_quote(self.found.silence)}, {self.local})
+        """
+
+
+class BorrowedSession(OwnSession):
+    """The caller's session, in autocommit: each message is a transaction, and what is set in it ends with it."""
+
+    borrowed = True
+
+    def opening(self, description: str, own_pid: int | None, release_seconds: int) -> str:  # noqa: ARG002
+        return self.attempt(description)  # nothing is set that lasts
+
+    def attempt(self, text: str) -> str:
+        return f"{self._set_local()} {text}"
+
+    def errand(self, text: str, lasting: str = "") -> str:
+        return f"{self._set_local()} {lasting} {text}"
+
+    def undoing(self, text: str, application_name: str) -> str:
+        return f"{self._set_local()} {super().undoing(text, application_name)}"
+
+    def _set_local(self) -> str:
+        settings = ["search_path", "statement_timeout", "lock_timeout"]
+        return _set_local(*settings, *(["transaction_timeout"] if self._server_version >= 170000 else []))
+
+
+class InTransaction(OwnSession):
+    """The caller's transaction, which lasts as long as the lock.
+
+    All messages from the first attempt to the grant stand on one savepoint: it takes back what a message set and took
+    for the transaction, and lets the transaction live on where a message fails. It stays until all locks that were
+    asked for are held, since a lock that lasts until the transaction's end can be given back in no other way. The
+    queue's locks are the session's: a savepoint does not touch them.
+    """
+
+    local = "true"
+    scope = "_xact"
+    silence = "idle_in_transaction_session_timeout"
+    borrowed = True
+    waits_apart = True
+    copies = "dblock.found_"
+
+    _acquiring = False  # whether there is the savepoint
+
+    def opening(self, description: str, own_pid: int | None, release_seconds: int) -> str:  # noqa: ARG002
+        copy = ", ".join(
+            f"pg_catalog.set_config('{self.copies}{name}', pg_catalog.current_setting('{name}'), true)"
+            for name in ("search_path", "statement_timeout", "lock_timeout")
+        )
+        return f"""
+            SAVEPOINT dblock;
+            SELECT {copy};
+            {self._set_local()}
+            {description};
+            ROLLBACK TO SAVEPOINT dblock;
+            RELEASE SAVEPOINT dblock
+        """
+
+    def first(self, text: str) -> str:
+        self._acquiring = True
+        return f"SAVEPOINT dblock; {self._set_local()} {text}"
+
+    def attempt(self, text: str) -> str:
+        return f"ROLLBACK TO SAVEPOINT dblock; {self._set_local()} {text}"
+
+    def errand(self, text: str, lasting: str = "") -> str:
+        if not self._acquiring:
+            return self.opening(text, None, 0)
+        return f"""
+            ROLLBACK TO SAVEPOINT dblock;
+            {lasting and f"RELEASE SAVEPOINT dblock; {lasting} SAVEPOINT dblock;"}
+            {self._set_local()}
+            {text};
+            ROLLBACK TO SAVEPOINT dblock
+        """
+
+    def settling(self) -> str:
+        self._acquiring = False
+        found = self.found
+        return f"""
+            SELECT set_config('search_path', {_quote(found.search_path)}, true),
+                   set_config('statement_timeout', {_quote(found.statement_timeout)}, true),
+                   set_config('lock_timeout', {_quote(found.lock_timeout)}, true);
+            RELEASE SAVEPOINT dblock
+        """
+
+    def undoing(self, text: str, application_name: str) -> str:
+        self._acquiring = False
+        return f"""
+            ROLLBACK TO SAVEPOINT dblock;
+            {self._set_local()}
+            {text};
+            ROLLBACK TO SAVEPOINT dblock;
+            RELEASE SAVEPOINT dblock;
+            {self._restore(application_name)}
+        """
+
+    def _set_local(self) -> str:
+        # Not transaction_timeout: how long the transaction may take is the caller's to say.
+        return _set_local("search_path", "statement_timeout", "lock_timeout")
+
+
+def _set_local(*names: str) -> str:
+    """Set what must not break off a message, nor change what it means, until its transaction or savepoint ends."""
+    values = {"search_path": "pg_catalog, pg_temp"}
+    return "\n".join(f"SET LOCAL {name} = {values.get(name, '0')};" for name in names)
 
 
 class Opened(NamedTuple):
@@ -220,94 +526,129 @@ class Opened(NamedTuple):
     in_recovery: bool
     read_only: bool
     database: str
+    isolation: str
     already_held: bool
     deadlock_timeout_seconds: float
+    holds_others: bool
+    settings: list[str]
 
 
-def _prepare(lock: LockNames, server_version: int, own_pid: int | None) -> str:
-    """Set what the lock's own session needs, and ask what decides whether it can be trusted.
-
-    The settings of role and database must not end a wait or an idle holder. search_path comes first: it decides
-    which operators and functions every later statement means. Where another backend than own_pid replies, nothing is
-    set beyond this message: the session is a pooler's, and its other clients would go on with it.
-    """
-    settings = {
-        "search_path": "pg_catalog, pg_temp",
-        "statement_timeout": "0",
-        "lock_timeout": "0",
-        "idle_session_timeout": "0",
-    }
-    if server_version >= 170000:
-        settings["transaction_timeout"] = "0"
-    needed = ", ".join(f"({_quote(name)}, {_quote(value)})" for name, value in settings.items())
+def _describe_session(lock: LockNames, around: OwnSession) -> str:
+    """Ask what decides whether the session can be trusted with the lock. The reply is an ``Opened``."""
     return f"""
-        SET LOCAL search_path = pg_catalog, pg_temp;
-        SELECT set_config(name, value, false) FROM (VALUES {needed}) AS needed(name, value)
-        WHERE {"true" if own_pid is None else f"pg_backend_pid() = {own_pid}"};
         SELECT pg_backend_pid(),
                pg_is_in_recovery(),
                current_setting('transaction_read_only')::boolean,
                current_database()::text,
-               {_own_lock(lock)},
-               extract(epoch FROM current_setting('deadlock_timeout')::interval)::float8
+               current_setting('transaction_isolation'),
+               {_own_lock(lock.key)},
+               extract(epoch FROM current_setting('deadlock_timeout')::interval)::float8,
+               {_holds_others() if around.borrowed else "false"},
+               ARRAY[current_setting('application_name'),
+                     current_setting('{around.copies}search_path'),
+                     current_setting('{around.copies}statement_timeout'),
+                     current_setting('{around.copies}lock_timeout'),
+                     current_setting('{around.silence}')]
     """
 
 
 # --- take, and give back ----------------------------------------------------------------------------------------
 
 
-def _try_at_once(lock: LockNames) -> str:
-    """Take the lock if it is free and nobody waits for it: holding (h, 0) for a moment proves that nobody does."""
+class Attempt(NamedTuple):
+    """What became of one attempt to take the lock."""
+
+    granted: bool
+    slot: int | None  # the permit's number
+    admitted: bool  # to look for a permit: the lock itself could be taken, but no permit was free
+    before: str  # application_name, where it was asked for
+    predecessor: int  # the nearest ticket before the own; where there is one, nothing was attempted
+
+    def grant(self, before: str | None = None) -> Granted | None:
+        return Granted(self.before if before is None else before, self.slot) if self.granted else None
+
+
+def _try_at_once(lock: LockNames, around: OwnSession) -> str:
+    """Take the lock if it is free and nobody waits for it: holding (h, 0) for a moment proves that nobody does.
+
+    Within the caller's transaction that moment must not last until the transaction ends.
+    """
     return f"""
-        WITH attempt AS MATERIALIZED (
-            SELECT current_setting('application_name') AS before,
-                   CASE WHEN pg_try_advisory_xact_lock({lock.high}, 0)
-                        THEN pg_try_advisory_lock({lock.key})
-                        ELSE false
-                   END AS granted)
-        SELECT granted, before, CASE WHEN granted THEN {_label("", lock.holding_fields)} END
+        WITH arrival AS MATERIALIZED (
+                SELECT current_setting('application_name') AS before, 0 AS predecessor,
+                       pg_try_advisory{"" if around.scope else "_xact"}_lock({lock.high}, 0) AS may_try),
+             {_attempt(lock, around)}
+        SELECT granted, slot, admitted, before, predecessor,
+               CASE WHEN granted THEN {_label("", lock.holding_fields, around)} END
+               {f", CASE WHEN may_try THEN pg_advisory_unlock({lock.high}, 0) END" if around.scope else ""}
         FROM attempt
     """
 
 
-def _release(lock: LockNames, application_name: str) -> str:
-    """Give the lock back, and the session its old name. False means that the session did not hold the lock."""
+def _attempt(lock: LockNames, around: OwnSession) -> str:
+    """Take the lock where ``arrival`` may try to, in its shape. Where no permit is free, the lock itself goes back."""
+    take = f"CASE WHEN may_try THEN pg_try_advisory{around.scope}_lock{lock.mode}({lock.key}) ELSE false END"
+    if lock.slots is None:
+        return f"""
+             attempt AS MATERIALIZED (
+                SELECT arrival.*, {take} AS granted, NULL::int AS slot, false AS admitted
+                FROM arrival)
+        """
     return f"""
-        SELECT pg_advisory_unlock({lock.key}),
-               set_config('application_name', {_quote(application_name)}, false)
+             entry AS MATERIALIZED (
+                SELECT arrival.*, {take} AS admitted
+                FROM arrival),
+             choice AS MATERIALIZED (
+                SELECT entry.*, CASE WHEN admitted THEN (
+                            SELECT (place - 1)::int
+                            FROM unnest(ARRAY[{", ".join(map(str, lock.permits))}]::bigint[])
+                                 WITH ORDINALITY AS permit(key, place)
+                            WHERE pg_try_advisory{around.scope}_lock(key)
+                            LIMIT 1) END AS slot
+                FROM entry),
+             attempt AS MATERIALIZED (
+                SELECT choice.*, slot IS NOT NULL AS granted
+                       {"" if around.scope else f", {_unlock_where_full(lock)}"}
+                FROM choice)
     """
 
 
-def _undo(lock: LockNames, application_name: str) -> str:
-    """Give back whatever there is of this lock and its queue, and the session its old name."""
+def _unlock_where_full(lock: LockNames) -> str:
+    return f"CASE WHEN admitted AND slot IS NULL THEN pg_advisory_unlock_shared({lock.key}) END AS left_again"
+
+
+def _release(lock: LockNames, granted: Granted) -> str:
+    """Give the lock back, and the session its old name. False means that the session did not hold it.
+
+    The names are whole, since in the caller's session search_path is the caller's.
+    """
+    permit = "" if granted.slot is None else f"pg_catalog.pg_advisory_unlock({lock.permits[granted.slot]}),"
     return f"""
-        {_give_back(lock)};
-        SELECT set_config('application_name', {_quote(application_name)}, false),
-               set_config('idle_session_timeout', '0', false)
+        SELECT {permit}
+               pg_catalog.pg_advisory_unlock{lock.mode}({lock.key}),
+               pg_catalog.set_config('application_name', {_quote(granted.before)}, false)
     """
 
 
 def _give_back(lock: LockNames) -> str:
-    """Give back whatever pg_locks shows of this lock and its queue as this session's.
+    """Give back whatever pg_locks shows of this lock, its permits and its queue as this session's.
 
     An error does not mean "not held": where a cancel meets the grant, the statement fails and the lock stays. So
     the server is asked, rather than the client's memory.
     """
     return f"""
-        SELECT CASE WHEN objsubid = 1       THEN pg_advisory_unlock({lock.key})
-                    WHEN mode = 'ShareLock' THEN pg_advisory_unlock_shared({lock.high}, objid::bigint::int)
-                    ELSE                         pg_advisory_unlock({lock.high}, objid::bigint::int)
+        SELECT CASE WHEN objsubid = 1 AND mode = 'ShareLock' THEN pg_advisory_unlock_shared(key)
+                    WHEN objsubid = 1                        THEN pg_advisory_unlock(key)
+                    WHEN mode = 'ShareLock'                  THEN pg_advisory_unlock_shared({lock.high}, low)
+                    ELSE                                          pg_advisory_unlock({lock.high}, low)
                END
-        FROM pg_locks
-        WHERE locktype = 'advisory' AND granted AND pid = pg_backend_pid() AND classid = {lock.classid}
-          AND (objsubid = 1 AND objid = {lock.objid} OR objsubid = 2 AND objid < 2147483648)
-          AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+        FROM (SELECT objsubid, mode, classid, (classid::bigint << 32) | objid::bigint AS key,
+                     CASE WHEN objid::bigint < 2147483648 THEN objid::bigint::int END AS low
+              FROM pg_locks
+              WHERE locktype = 'advisory' AND granted AND pid = pg_backend_pid()) AS own
+        WHERE objsubid = 1 AND key IN ({", ".join(map(str, (*lock.permits, lock.key)))})
+           OR objsubid = 2 AND classid = {lock.classid} AND low IS NOT NULL
     """
-
-
-def _is_held(lock: LockNames) -> str:
-    """Whether this session holds the lock."""
-    return f"SELECT {_own_lock(lock)}"
 
 
 # --- the queue --------------------------------------------------------------------------------------------------
@@ -320,6 +661,14 @@ class Ticket(NamedTuple):
     predecessor: int
 
 
+def _arrive(lock: LockNames, around: OwnSession) -> str:
+    """Label the session as a waiter's, and let the server end it should it fall silent."""
+    return f"""
+        SELECT {_label("w", lock.waiting_fields, around)},
+               set_config('{around.silence}', '{WAITER_SILENCE_SECONDS}s', {around.local});
+    """
+
+
 def _join(lock: LockNames, gate_milliseconds: int) -> str:
     """Draw the next ticket, under the gate. The reply is a ``Ticket``.
 
@@ -329,8 +678,6 @@ def _join(lock: LockNames, gate_milliseconds: int) -> str:
     return f"""
         SET LOCAL lock_timeout = '{gate_milliseconds}ms';
         SELECT pg_advisory_xact_lock({lock.high}, -1);
-        SET idle_session_timeout = '{WAITER_SILENCE_SECONDS}s';
-        SELECT {_label("w", lock.waiting_fields)};
         WITH last AS MATERIALIZED (SELECT {_last_ticket_below(lock, 2147483647)} AS number),
              mine AS MATERIALIZED (
                 SELECT number + 1 AS number, number AS predecessor,
@@ -341,8 +688,8 @@ def _join(lock: LockNames, gate_milliseconds: int) -> str:
     """
 
 
-def _wait_for(lock: LockNames, ticket: Ticket, milliseconds: int) -> str:
-    """Wait until the predecessor's ticket is given back, at most for one slice. The reply is the new predecessor.
+def _wait_for_predecessor(lock: LockNames, ticket: Ticket, milliseconds: int) -> str:
+    """Wait until the predecessor's ticket is given back, at most for one slice.
 
     The wait is caught inside a DO block: an error that left the message would write two lines into the server's
     log for each slice of each waiter.
@@ -354,34 +701,56 @@ def _wait_for(lock: LockNames, ticket: Ticket, milliseconds: int) -> str:
             PERFORM pg_advisory_xact_lock_shared({lock.high}, {ticket.predecessor});
         EXCEPTION WHEN lock_not_available THEN NULL;
         END $$;
-        SELECT CASE WHEN pg_try_advisory_xact_lock_shared({lock.high}, {ticket.predecessor})
-                    THEN {_last_ticket_below(lock, ticket.number)}
-                    ELSE {ticket.predecessor}
-               END
     """
 
 
-def _wait_as_head(lock: LockNames, ticket: Ticket, milliseconds: int) -> str:
-    """Wait for the lock itself, at most for one slice, and take it. The reply begins with whether it was granted.
+def _wait_for_turn(lock: LockNames, ticket: Ticket, milliseconds: int) -> str:
+    """Wait for the predecessor, and do no more. The reply is the new predecessor."""
+    return f"{_wait_for_predecessor(lock, ticket, milliseconds)} SELECT {_predecessor(lock, ticket)}"
 
-    The wait takes the lock for the message only, the try takes it for the session: a cancel or a timeout that meets
-    the grant of the wait leaves nothing behind. With the grant the ticket goes back, so that the next becomes head.
+
+def _wait_for_lock(lock: LockNames, milliseconds: int) -> str:
+    """Wait for the lock itself, at most for one slice, and have it until the end of the transaction.
+
+    A cancel or a timeout that meets the grant of this wait leaves nothing behind.
     """
     return f"""
         SET LOCAL lock_timeout = '{milliseconds}ms';
         DO $$
         BEGIN
-            PERFORM pg_advisory_xact_lock({lock.key});
+            PERFORM pg_advisory_xact_lock{lock.mode}({lock.key});
         EXCEPTION WHEN lock_not_available THEN NULL;
         END $$;
-        WITH attempt AS MATERIALIZED (SELECT pg_try_advisory_lock({lock.key}) AS granted)
-        SELECT granted,
+    """
+
+
+def _take(lock: LockNames, ticket: Ticket, around: OwnSession) -> str:
+    """Take the lock if this is the head of the queue and it is free. With the grant the ticket goes back."""
+    return f"""
+        WITH place AS MATERIALIZED (SELECT {_predecessor(lock, ticket)} AS predecessor),
+             arrival AS MATERIALIZED (
+                SELECT NULL::text AS before, predecessor, predecessor = 0 AS may_try
+                FROM place),
+             {_attempt(lock, around)}
+        SELECT granted, slot, admitted, before, predecessor,
                CASE WHEN granted THEN pg_advisory_unlock({lock.high}, {ticket.number}) END,
                CASE WHEN granted THEN pg_advisory_unlock_shared({lock.high}, 0) END,
-               CASE WHEN granted THEN set_config('idle_session_timeout', '0', false) END,
-               CASE WHEN granted THEN {_label("", lock.holding_fields)} END
+               CASE WHEN granted THEN {_label("", lock.holding_fields, around)} END,
+               CASE WHEN granted
+                    THEN set_config('{around.silence}', {_quote(around.found.silence)}, {around.local}) END
         FROM attempt
     """
+
+
+def _predecessor(lock: LockNames, ticket: Ticket) -> str:
+    """The nearest ticket below the own, which was waited for already; 0: none."""
+    if not ticket.predecessor:
+        return "0"
+    return f"""
+        CASE WHEN pg_try_advisory_xact_lock_shared({lock.high}, {ticket.predecessor})
+             THEN {_last_ticket_below(lock, ticket.number)}
+             ELSE {ticket.predecessor}
+        END"""
 
 
 # --- who is in the way ------------------------------------------------------------------------------------------
@@ -390,23 +759,26 @@ def _wait_as_head(lock: LockNames, ticket: Ticket, milliseconds: int) -> str:
 def _look(lock: LockNames, ticket: Ticket | None) -> str:
     """Ask who holds the lock and how many wait ahead.
 
-    The reply: whether it is held, and of the holder pid, application_name and host; how many are ahead. A holder
-    without a pid is a prepared transaction.
+    The reply: whether it is held, by how many more than one, and of that one pid, application_name and host; how many
+    are ahead. A holder without a pid is a prepared transaction.
     """
     limit = 2147483648 if ticket is None else ticket.number
     return f"""
-        SELECT holder.held IS TRUE, holder.pid, holder.application_name, holder.host, queue.ahead
+        SELECT holder.held IS TRUE, coalesce(holder.others, 0), holder.pid, holder.application_name, holder.host,
+               queue.ahead
         FROM (SELECT count(*) AS ahead
               FROM pg_locks
               WHERE {_is_ticket(lock)} AND objid::bigint < {limit}) AS queue
         LEFT JOIN LATERAL (
-              SELECT true AS held, l.pid, a.application_name::text,
+              SELECT true AS held, count(*) OVER () - 1 AS others, l.pid, a.application_name::text,
                      coalesce(a.client_hostname, host(a.client_addr),
                               CASE WHEN a.client_port = -1 THEN 'local' END) AS host
               FROM pg_locks AS l LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid
               WHERE l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted
                 AND l.classid = {lock.classid} AND l.objid = {lock.objid}
                 AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+                AND l.pid IS DISTINCT FROM pg_backend_pid()
+              ORDER BY l.pid
               LIMIT 1) AS holder ON true
     """
 
@@ -414,11 +786,11 @@ def _look(lock: LockNames, ticket: Ticket | None) -> str:
 # --- pieces -----------------------------------------------------------------------------------------------------
 
 
-def _label(state: str, fitted_fields: str) -> str:
+def _label(state: str, fitted_fields: str, around: OwnSession) -> str:
     """Set the label, with the server's own clock: at the grant it is the moment of the grant."""
     return (
         f"set_config('application_name', 'dblock1 {state}' || floor(extract(epoch FROM clock_timestamp()))::bigint"
-        f" || ' {fitted_fields}', false)"
+        f" || ' {fitted_fields}', {around.local})"
     )
 
 
@@ -427,11 +799,19 @@ def _quote(text: str) -> str:
     return " E'" + text.replace("\\", "\\\\").replace("'", "''") + "'"
 
 
-def _own_lock(lock: LockNames) -> str:
+def _own_lock(key: int) -> str:
+    classid, objid, _ = Key(key).postgres
     return (
         f"EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1 AND pid = pg_backend_pid()"
-        f" AND granted AND classid = {lock.classid} AND objid = {lock.objid}"
-        f" AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))"
+        f" AND granted AND classid = {classid} AND objid = {objid})"
+    )
+
+
+def _holds_others() -> str:
+    """Whether the session holds what somebody could wait for. Reading pg_locks itself takes the weakest lock only."""
+    return (
+        "EXISTS (SELECT FROM pg_locks WHERE pid = pg_backend_pid() AND granted"
+        " AND locktype IN ('advisory', 'relation', 'transactionid') AND mode <> 'AccessShareLock')"
     )
 
 

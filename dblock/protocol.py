@@ -10,17 +10,26 @@ Knows no engine and no driver. ``postgres.py`` and ``mssql.py`` fill it in, sess
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from dblock import names
 from dblock.errors import DatabaseError
 from dblock.names import Key
 
 T = TypeVar("T")
 Row = tuple[Any, ...]
 
+ANSWER_SECONDS = 5  # how long an answer to a light question may take before the connection counts as dead
 REPORT_SECONDS = 30.0  # between two words about who is in the way
+
+# Between two looks for a free permit, by the one waiter who looks: soon at first, then more and more seldom.
+FIRST_PAUSE_SECONDS = 0.001
+LONGEST_PAUSE_SECONDS = 0.02
+PAUSE_GROWTH = 1.4
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,19 @@ class Wait:
     deadline: float | None
 
 
-Message = str | Wait
+@dataclass(frozen=True)
+class Pause:
+    """Nothing is sent for so many seconds. The reply is empty."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class HangUp:
+    """The connection is closed, whosever it is: what its session holds is not known. The reply is empty."""
+
+
+Message = str | Wait | Pause | HangUp
 Steps = Generator[Message, Row, T]
 
 
@@ -47,12 +68,29 @@ class WaitOver(DatabaseError):  # noqa: N818 - says what happened
 
 @dataclass(frozen=True)
 class Wish:
-    """What the caller asks for."""
+    """What the caller asks for: one lock, in one shape and scope.
+
+    Attributes:
+        key: the lock's.
+        target: where the step runs.
+        step: what runs there.
+        tenant: for whom, or None.
+        shared: beside other shared ones.
+        slots: how many may be inside at once, each with a permit of its own; None: the lock has no permits.
+        in_transaction: until the caller's transaction ends; otherwise until it is released.
+    """
 
     key: Key
     target: str
     step: str
     tenant: str | None
+    shared: bool = False
+    slots: int | None = None
+    in_transaction: bool = False
+
+    @property
+    def permits(self) -> tuple[Key, ...]:
+        return names.permits(self.target, self.step, self.slots or 0)
 
 
 @dataclass(frozen=True)
@@ -62,10 +100,12 @@ class Conditions:
     Attributes:
         database: the database it must be, or None.
         allow_session_pooler: the caller's word that a pooler in between gives a session of its own.
+        release_seconds: when nothing is heard of the holder for so long, the server shall give its lock back.
     """
 
     database: str | None = None
     allow_session_pooler: bool = False
+    release_seconds: int = 35
 
 
 @dataclass(frozen=True)
@@ -74,11 +114,12 @@ class Look:
 
     Attributes:
         held: whether somebody holds it; None: this role or login may not see that.
-        session: the holder's session as the engine's people name it, such as ``pid 4123``; None: there is none, as
+        session: one holder's session as the engine's people name it, such as ``pid 4123``; None: there is none, as
             with a prepared transaction.
         says: what the holder's session says of itself: dblock's label, or anything.
         application: the name of its program, where that is not the label.
         host: where its client runs.
+        others: how many more hold it.
         ahead: how many wait for the lock before the one who asks.
     """
 
@@ -87,6 +128,7 @@ class Look:
     says: str | None = None
     application: str | None = None
     host: str | None = None
+    others: int = 0
     ahead: int = 0
 
 
@@ -96,20 +138,28 @@ class Granted:
 
     Attributes:
         before: where the label stands now, the session had this before.
+        slot: the number of the permit, where the lock has some.
     """
 
     before: Any
+    slot: int | None = None
 
 
 @dataclass(frozen=True)
 class Busy:
     """The lock was not acquired in time, and this was in the way."""
 
+    wish: Wish
     look: Look
+
+
+Report = Callable[[Wish, Look], None]
 
 
 class ServerLock(Protocol):
     """One lock in one session, as one engine says it."""
+
+    wish: Wish
 
     def open(self, conditions: Conditions) -> Steps[None]:
         """Make the session ready for the lock, or refuse it.
@@ -120,14 +170,14 @@ class ServerLock(Protocol):
         """
         ...
 
-    def acquire(self, timeout: float | None, report: Callable[[Look], None]) -> Steps[Granted | Busy]:
+    def acquire(self, timeout: float | None, report: Report | None) -> Steps[Granted | Busy]:
         """Take the lock: at once if it is free and nobody waits, otherwise in the queue.
 
-        Unless this returns ``Granted`` the session must be closed.
+        Unless this returns ``Granted`` nothing of it is held, or the session is closed.
 
         Args:
             timeout: seconds to wait; None: without limit; 0: do not wait.
-            report: is told who is in the way.
+            report: is told who is in the way; None: nobody wants to know.
 
         Raises:
             LockDeadlock: the server chose this wait as a deadlock's victim.
@@ -135,17 +185,116 @@ class ServerLock(Protocol):
         """
         ...
 
-    def release(self, granted: Granted) -> Steps[bool]:
-        """Give the lock back. False: the session no longer held it."""
+    def settle(self) -> Steps[None]:
+        """Say what is to be said when all of the locks that were asked for are held, the last one first."""
         ...
 
-    def check(self) -> Steps[bool]:
+    def withdraw(self, granted: Granted) -> Steps[None]:
+        """Give the lock back because another one was not granted; also one that lasts until the transaction's end."""
+        ...
+
+    def release(self, granted: Granted) -> Steps[bool]:
+        """Give the lock back; one that lasts until the transaction's end is only asked after.
+
+        Returns:
+            False: the session no longer held it.
+        """
+        ...
+
+    def check(self, granted: Granted) -> Steps[bool]:
         """Ask the server, with next to no work for it, whether this session still holds the lock."""
         ...
 
     def look(self) -> Steps[Look]:
         """Ask who is in the way; also on another session than the one that waits."""
         ...
+
+
+Holds = Sequence[tuple[ServerLock, Granted]]
+
+
+def acquire_all(
+    locks: Sequence[ServerLock],
+    conditions: Conditions,
+    timeout: float | None,
+    report: Report | None,
+) -> Steps[list[tuple[ServerLock, Granted]] | Busy]:
+    """Take all of the locks, or none: one after the other in one session, within one time.
+
+    Args:
+        locks: in the contract's order, which is that of their keys.
+        conditions: what the caller says of the connection.
+        timeout: seconds for all of them; None: without limit; 0: do not wait.
+        report: is told who is in the way of which; None: nobody wants to know.
+
+    Raises:
+        Error: as `ServerLock.open` and `ServerLock.acquire` do.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    taken: list[tuple[ServerLock, Granted]] = []
+    complete = False
+    try:
+        for lock in locks:
+            yield from lock.open(conditions)
+        for lock in locks:
+            remaining = deadline and max(0.0, deadline - time.monotonic())
+            outcome = yield from lock.acquire(remaining if taken else timeout, report)
+            if isinstance(outcome, Busy):
+                return outcome
+            taken.append((lock, outcome))
+        for lock, _ in reversed(taken):
+            yield from lock.settle()
+        complete = True
+        return taken
+    finally:
+        if not complete:
+            for lock, granted in reversed(taken):
+                with suppress(DatabaseError):  # the session is closed then
+                    yield from lock.withdraw(granted)
+
+
+def release_all(holds: Holds) -> Steps[list[ServerLock]]:
+    """Give all of the locks back, the last one first, whatever becomes of the others.
+
+    Returns:
+        Those that the session no longer held.
+
+    Raises:
+        BaseException: what the first failed release raised.
+    """
+    lost = []
+    failure: BaseException | None = None
+    for lock, granted in reversed(holds):
+        try:
+            if not (yield from lock.release(granted)):
+                lost.append(lock)
+        except BaseException as error:  # noqa: BLE001 - raised below, after the others had their turn
+            failure = failure or error
+    if failure is not None:
+        raise failure
+    return lost
+
+
+def check_all(holds: Holds) -> Steps[bool]:
+    """Ask the server whether the session still holds all of the locks."""
+    for lock, granted in holds:
+        if not (yield from lock.check(granted)):
+            return False
+    return True
+
+
+def already_held(*, own: bool) -> str:
+    """What is wrong where the session has the lock, from whichever door."""
+    advice = "a callable must return a new connection each time" if own else "a lock is never taken twice"
+    return f"the session of this connection holds the lock already; {advice}"
+
+
+def pauses() -> Iterator[float]:
+    """Seconds between looks for a permit: at first none is long, later each is the longest."""
+    seconds = FIRST_PAUSE_SECONDS
+    while True:
+        yield seconds
+        seconds = min(seconds * PAUSE_GROWTH, LONGEST_PAUSE_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -157,11 +306,9 @@ class Engine:
         current_database: a message whose reply is the database's name.
         inspect_settings: a message that makes the session ready for ``inspect.sql``.
         entry_row: from a row of ``inspect.sql``, as the driver returns it, to the values of ``inspect.Entry``.
-        keep_alive_seconds: how long a session that holds a lock may be silent; None: for ever.
     """
 
     name: str
     current_database: str
     inspect_settings: str
     entry_row: Callable[[Row], Row]
-    keep_alive_seconds: float | None

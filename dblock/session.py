@@ -1,35 +1,93 @@
-"""One connection that a lock owns, from its opening to its closing. Knows no driver and no engine.
+"""One connection that a lock uses, its own or the caller's. Knows no driver and no engine.
 
-A driver's session says how a text is sent and what the driver's errors mean; what all of them share stands here.
+It runs the generators that say what is sent. A driver's session says how a text is sent and what the driver's errors
+mean. ``aio_session.py`` has the same for asyncio.
 """
 
 from __future__ import annotations
 
 import selectors
+import socket
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import closing, suppress
+from dataclasses import dataclass
 from threading import RLock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from dblock.errors import DatabaseError
-from dblock.protocol import Engine, Message, Row, ServerLock, Steps, T, Wait, Wish
+from dblock.protocol import ANSWER_SECONDS, Engine, HangUp, Message, Pause, Row, ServerLock, Steps, T, Wait, Wish
 
 if TYPE_CHECKING:
-    from types import ModuleType
+    from types import ModuleType, TracebackType
+
+    from typing_extensions import Self
 
 
-class Session(ABC):
-    """A connection on which one message is sent after the other."""
+Scope = Literal["session", "transaction"]
+
+
+@dataclass(frozen=True)
+class Loan:
+    """The caller's connection, on loan to a lock.
+
+    Attributes:
+        began: the lock's first message begins a transaction, where the caller had none.
+        rollback: ends it. Its result is to be awaited where the connection is asynchronous.
+        returned: is called when nothing of the lock is left on the connection.
+        closed: is called when the connection had to be closed. Its result is to be awaited likewise.
+    """
+
+    began: bool
+    rollback: Callable[[], Any]
+    returned: Callable[[], None] = lambda: None
+    closed: Callable[[], Any] = lambda: None
+
+
+class AnySession(ABC):
+    """What both kinds have in common.
+
+    Attributes:
+        engine: the server's kind.
+        loan: whose connection it is; None: the lock's own.
+    """
 
     engine: Engine
 
-    def __init__(self) -> None:
-        # Whoever keeps a held lock's connection alive is another thread than its holder.
-        self._turn = RLock()
+    def __init__(self, loan: Loan | None) -> None:
+        self.loan = loan
 
     @abstractmethod
     def lock(self, wish: Wish) -> ServerLock:
         """What the engine says about one lock in this session."""
+
+    @abstractmethod
+    def fileno(self) -> int:
+        """The descriptor of the connection's socket."""
+
+    @property
+    @abstractmethod
+    def closed(self) -> bool:
+        """Whether this side has ended the connection, or the driver has noticed its end."""
+
+    @property
+    @abstractmethod
+    def in_transaction(self) -> bool | None:
+        """Whether a transaction is open, as the driver knows it; None: it does not."""
+
+    @abstractmethod
+    def alive(self) -> bool:
+        """Whether the connection stands, as far as it can be known without waiting for the server."""
+
+
+class Session(AnySession):
+    """A connection whose caller blocks."""
+
+    def __init__(self, loan: Loan | None) -> None:
+        super().__init__(loan)
+        # Whoever keeps a held lock's connection alive is another thread than its holder.
+        self._turn = RLock()
 
     @abstractmethod
     def rows(self, text: str) -> list[Row]:
@@ -40,24 +98,24 @@ class Session(ABC):
         """
 
     @abstractmethod
-    def fileno(self) -> int:
-        """The descriptor of the connection's socket."""
+    def _close(self) -> None:
+        """Close the connection."""
 
-    @abstractmethod
     def close(self) -> None:
         """End the session; the server gives back whatever it held. Raises nothing."""
-
-    @property
-    @abstractmethod
-    def closed(self) -> bool:
-        """Whether this side has ended the connection, or the driver has noticed its end."""
+        # This runs while errors are on their way.
+        with suppress(Exception):
+            self._close()
+        with suppress(Exception):
+            if self.loan is not None:
+                self.loan.closed()
 
     def wait(self, message: Wait, meanwhile: Callable[[], None] | None) -> list[Row]:  # noqa: ARG002 - for those that can
         """Send a message in which the server waits. Where a session can do so, meanwhile is called now and then."""
         return self.rows(message.text)
 
     def run(self, steps: Steps[T], meanwhile: Callable[[], None] | None = None) -> T:
-        """Run a generator of a `ServerLock` to its end: send what it yields, hand it the replies, throw errors in.
+        """Run a generator to its end: send what it yields, hand it the replies, throw errors in.
 
         Args:
             steps: the generator.
@@ -77,25 +135,94 @@ class Session(ABC):
                 result: T = end.value
                 return result
 
-    def alive(self) -> bool:
-        """Tell whether the connection stands, without traffic as long as the server has said nothing unasked."""
-        with self._turn:
-            if self.closed:
-                return False
-            with selectors.DefaultSelector() as selector:
-                selector.register(self.fileno(), selectors.EVENT_READ)
-                unasked = selector.select(timeout=0)
-            if unasked:
-                # Unasked for, the server says that it ends the session; or it is a mere notice. One more message tells.
-                try:
-                    self.rows("SELECT 1")
-                except DatabaseError:
-                    return False
-            return True
+    def leave(self, *, granted: bool) -> None:
+        """The lock is done with the connection: its own is closed, the caller's is as it was.
+
+        Args:
+            granted: the lock was held, and given back; otherwise it was not acquired.
+        """
+        if self.loan is None:
+            self.close()
+        elif not self.closed:
+            if self.loan.began and not granted:
+                self.loan.rollback()
+            self.loan.returned()
 
     def _execute(self, message: Message, meanwhile: Callable[[], None] | None) -> Row:
+        if isinstance(message, Pause):
+            time.sleep(message.seconds)
+            return ()
+        if isinstance(message, HangUp):
+            self.close()
+            return ()
         rows = self.wait(message, meanwhile) if isinstance(message, Wait) else self.rows(message)
         return rows[0] if rows else ()
+
+
+def has_input(descriptor: int) -> bool:
+    """Whether something can be read from a socket, be it its end."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(descriptor, selectors.EVENT_READ)
+        return bool(selector.select(timeout=0))
+
+
+def duplicate(descriptor: int) -> socket.socket:
+    """Another descriptor of the same socket: the connection's own may be closed, and its number become another's."""
+    return socket.fromfd(descriptor, socket.AF_INET, socket.SOCK_STREAM)
+
+
+class AnswerDue:
+    """Ends a connection on which an answer has not come in time: whoever waits for it then gets the driver's error.
+
+    As a context manager it stands around the waiting; somebody else calls `expire` after ``ANSWER_SECONDS``.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._socket = duplicate(descriptor)
+        self._expired = False
+
+    def expire(self) -> None:
+        """End the connection. It is still the driver's to be closed."""
+        self._expired = True
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._socket.close()
+        if self._expired and isinstance(error, DatabaseError):
+            raise DatabaseError(f"the server did not answer within {ANSWER_SECONDS} s") from error
+
+
+def notice_dead_network(descriptor: int) -> None:
+    """Let the operating system end a connection whose other side has fallen silent, as far as it can.
+
+    Data that nobody confirms and probes that nobody answers count, and not how long the server thinks.
+
+    Args:
+        descriptor: a connection's socket.
+    """
+    options = [
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        *(
+            (socket.IPPROTO_TCP, getattr(socket, name), value)
+            for name, value in (
+                ("TCP_KEEPIDLE", ANSWER_SECONDS),
+                ("TCP_KEEPINTVL", 2),
+                ("TCP_KEEPCNT", 3),
+                ("TCP_USER_TIMEOUT", ANSWER_SECONDS * 1000),
+            )
+            if hasattr(socket, name)
+        ),
+    ]
+    with closing(duplicate(descriptor)) as connection:
+        for option in options:
+            with suppress(OSError):  # not TCP, but a socket of the file system
+                connection.setsockopt(*option)
 
 
 def one_line(text: str) -> str:

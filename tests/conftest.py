@@ -121,3 +121,26 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reasons = Counter(report.longrepr[2] for report in terminalreporter.getreports("skipped"))
     for reason, number in reasons.items():
         terminalreporter.write_line(f"{number} tests: {reason}")
+    _write_matrix(terminalreporter, terminalreporter.config.stash.get(_MATRIX, {}))
+
+
+def _write_matrix(terminalreporter: pytest.TerminalReporter, passed: dict[tuple[str, str], str]) -> None:
+    """Show the product of callers and shapes."""
+    if not passed:
+        return
+    shapes = list(dict.fromkeys(shape for _, shape in passed))
+    width = max(len(caller) for caller, _ in passed)
+    terminalreporter.write_sep("-", "callers and shapes")
+    terminalreporter.write_line(f"{'':{width}}  " + "  ".join(shapes))
+    for caller in dict.fromkeys(caller for caller, _ in passed):
+        cells = (f"{passed.get((caller, shape), '-'):{len(shape)}}" for shape in shapes)
+        terminalreporter.write_line(f"{caller:{width}}  " + "  ".join(cells).rstrip())
+
+
+_MATRIX = pytest.StashKey[dict[tuple[str, str], str]]()
+
+
+@pytest.fixture
+def matrix(request: pytest.FixtureRequest) -> dict[tuple[str, str], str]:
+    """What passed of the product of callers and shapes, for the summary."""
+    return request.config.stash.setdefault(_MATRIX, {})

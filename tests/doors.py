@@ -6,6 +6,7 @@ driver that knows none of its client's commands. One interface, so that the same
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -50,12 +51,23 @@ class Wish:
     tenant: str | None = None
     timeout: str | None = None
     database: str | None = None
+    shared: bool = False
+    slots: str | None = None
+    in_transaction: bool = False  # on a connection of the caller's, which the command line has not
     more: Mapping[str, str] = field(default_factory=dict)  # further settings, which only the scripts know
 
-    def settings(self) -> dict[str, str]:
+    def names(self) -> dict[str, str]:
         named = {"target": self.target, "step": self.step, "tenant": self.tenant, "timeout": self.timeout,
-                 "database": self.database}  # fmt: skip
-        return {name: value for name, value in named.items() if value is not None} | dict(self.more)
+                 "database": self.database, "slots": self.slots}  # fmt: skip
+        return {name: value for name, value in named.items() if value is not None}
+
+    def settings(self) -> dict[str, str]:
+        more = dict(self.more)
+        if self.shared:
+            more["shared"] = "on"
+        if self.in_transaction:
+            more["scope"] = "transaction"
+        return self.names() | more
 
 
 class Attempt:
@@ -133,21 +145,37 @@ class Door:
 # --- Python -----------------------------------------------------------------------------------------------------------
 
 _PYTHON = """
-import os, sys, dblock
-target, step, tenant, timeout, database = (value[1:] or None if value[:1] == "=" else "" for value in sys.argv[1:])
+import json, os, sys, dblock
+url, arguments = os.environ["DBLOCK_TEST_URL"], json.loads(sys.argv[1])
+connection = None
+if arguments.get("scope") == "transaction":
+    if url.startswith("mssql"):
+        import pymssql
+        from dblock import driver_pymssql
+        connection = pymssql.connect(**driver_pymssql._arguments(url))
+    else:
+        import psycopg
+        connection = psycopg.connect(url)
 try:
-    with dblock.lock(os.environ["DBLOCK_TEST_URL"], target=target or "", step=step or "", tenant=tenant,
-                     timeout=None if timeout is None else float(timeout), database=database):
+    with dblock.lock(connection or url, **arguments):
         print("held", flush=True)
         sys.stdin.read()
+        if connection:
+            connection.commit()
 except (dblock.Error, ValueError) as error:
     sys.exit(f"{type(error).__name__}: {error}")
 """
 
 
 def _python_argv(_url: str, wish: Wish) -> list[str]:
-    values = (wish.target, wish.step, wish.tenant, wish.timeout, wish.database)
-    return [sys.executable, "-c", _PYTHON, *("=" + (value or "") for value in values)]
+    arguments: dict[str, object] = {**wish.names(), "shared": wish.shared}
+    if wish.timeout is not None:
+        arguments["timeout"] = float(wish.timeout)
+    if wish.slots is not None:
+        arguments["slots"] = int(wish.slots)
+    if wish.in_transaction:
+        arguments["scope"] = "transaction"
+    return [sys.executable, "-c", _PYTHON, json.dumps(arguments)]
 
 
 def _exception(code: int, stderr: str) -> str:
@@ -160,7 +188,7 @@ def _exception(code: int, stderr: str) -> str:
 
 
 def _command_argv(_url: str, wish: Wish) -> list[str]:
-    options = [f"--{name}={value}" for name, value in wish.settings().items()]
+    options = [f"--{name}={value}" for name, value in wish.names().items()] + ["--shared"] * wish.shared
     return [sys.executable, "-m", "dblock", "run", *options, "--", "sh", "-c", "echo held; exec cat >/dev/null"]
 
 
@@ -184,15 +212,16 @@ def set_wishes(wish: Wish) -> str:
 
 
 def _psql_argv(url: str, wish: Wish) -> list[str]:
+    begin, commit = (["-c", "BEGIN"], ["-c", "COMMIT"]) if wish.in_transaction else ([], [])
     return ["psql", "-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-v", "VERBOSITY=verbose", url,
-            "-c", set_wishes(wish), "-f", str(SQL / "acquire.sql"), "-c", "SELECT 'held'",
-            "-f", "-", "-f", str(SQL / "release.sql")]  # fmt: skip
+            *begin, "-c", set_wishes(wish), "-f", str(SQL / "acquire.sql"), "-c", "SELECT 'held'",
+            "-f", "-", "-f", str(SQL / "release.sql"), *commit]  # fmt: skip
 
 
 _DRIVER = """
 import os, sys, psycopg
 wishes, acquire, release = sys.argv[1], open(sys.argv[2]).read(), open(sys.argv[3]).read()
-with psycopg.connect(os.environ["DBLOCK_TEST_URL"], autocommit=True) as connection:
+with psycopg.connect(os.environ["DBLOCK_TEST_URL"], autocommit=sys.argv[4] == "session") as connection:
     try:
         for command in (wishes, acquire):
             connection.execute(command)
@@ -205,7 +234,12 @@ with psycopg.connect(os.environ["DBLOCK_TEST_URL"], autocommit=True) as connecti
 
 
 def _driver_argv(_url: str, wish: Wish) -> list[str]:
-    return [sys.executable, "-c", _DRIVER, set_wishes(wish), str(SQL / "acquire.sql"), str(SQL / "release.sql")]
+    return [sys.executable, "-c", _DRIVER, set_wishes(wish), str(SQL / "acquire.sql"), str(SQL / "release.sql"),
+            _scope(wish)]  # fmt: skip
+
+
+def _scope(wish: Wish) -> str:
+    return "transaction" if wish.in_transaction else "session"
 
 
 def _sqlstate(code: int, stderr: str) -> str | None:
@@ -236,7 +270,7 @@ _FISQL = """
 {
     printf '%s\\ngo\\n' "$1"; cat "$2"; printf "\\ngo\\nSELECT CAST('held' AS varchar(4))\\ngo\\n"
     cat > /dev/null
-    cat "$3"; printf '\\ngo\\n'
+    cat "$3"; printf '\\ngo\\n%s\\ngo\\n' "$8"
 } | LC_ALL=C.UTF-8 TDSVER=7.4 stdbuf -oL fisql -S "$4" -U "$5" -P "$6" -D "$7" 2>&1 | tee /dev/stderr |
 sed -un 's/^held *$/held/p; s/.*\\b51[0-9]* dblock: .*/refused/p; s/.*INT_EXIT.*/refused/p'
 """
@@ -244,9 +278,10 @@ sed -un 's/^held *$/held/p; s/.*\\b51[0-9]* dblock: .*/refused/p; s/.*INT_EXIT.*
 
 def _fisql_argv(url: str, wish: Wish) -> list[str]:
     server = urlsplit(url)
-    return ["sh", "-c", _FISQL, "fisql", set_session_context(wish), str(TSQL / "acquire.sql"),
+    begin, commit = ("BEGIN TRANSACTION\n", "COMMIT") if wish.in_transaction else ("", "SELECT 1")
+    return ["sh", "-c", _FISQL, "fisql", begin + set_session_context(wish), str(TSQL / "acquire.sql"),
             str(TSQL / "release.sql"), f"{server.hostname}:{server.port or 1433}", unquote(server.username or ""),
-            unquote(server.password or ""), server.path[1:]]  # fmt: skip
+            unquote(server.password or ""), server.path[1:], commit]  # fmt: skip
 
 
 _PYMSSQL = """
@@ -255,7 +290,8 @@ from urllib.parse import unquote, urlsplit
 url = urlsplit(os.environ["DBLOCK_TEST_URL"])
 wishes, acquire, release = sys.argv[1], open(sys.argv[2]).read(), open(sys.argv[3]).read()
 connection = pymssql.connect(server=url.hostname, port=str(url.port or 1433), user=unquote(url.username or ""),
-                             password=unquote(url.password or ""), database=url.path[1:], autocommit=True)
+                             password=unquote(url.password or ""), database=url.path[1:],
+                             autocommit=sys.argv[4] == "session")
 cursor = connection.cursor()
 try:
     for batch in (wishes, acquire):
@@ -265,6 +301,7 @@ try:
     print("held", flush=True)
     sys.stdin.read()
     cursor.execute(release)
+    connection.commit()
 except pymssql.Error as error:
     sys.exit(str(error))
 """
@@ -272,7 +309,7 @@ except pymssql.Error as error:
 
 def _pymssql_argv(_url: str, wish: Wish) -> list[str]:
     return [sys.executable, "-c", _PYMSSQL, set_session_context(wish), str(TSQL / "acquire.sql"),
-            str(TSQL / "release.sql")]  # fmt: skip
+            str(TSQL / "release.sql"), _scope(wish)]  # fmt: skip
 
 
 def _error_number(code: int, stderr: str) -> str | None:

@@ -9,10 +9,11 @@ import socketserver
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import psycopg
 from psycopg.conninfo import make_conninfo
@@ -133,6 +134,50 @@ def forwarder(server_url: str) -> Iterator[str]:
             for server in connections:
                 _shut(server)
     # Leaving the with has waited for the handlers.
+
+
+@contextmanager
+def swallower(server_url: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Pass on bytes until told to swallow them, in both directions: what is sent is confirmed, and answered by nobody.
+
+    Yields:
+        The URL of the server (of any engine) through it, and a function that makes it swallow.
+    """
+    server_address = urlsplit(server_url)
+    swallowing = threading.Event()
+    open_sockets: list[socket.socket] = []
+
+    def carry(source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while chunk := source.recv(_CHUNK):
+                if not swallowing.is_set():
+                    sink.sendall(chunk)
+        if not swallowing.is_set():
+            _shut(sink)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def accept() -> None:
+            with suppress(OSError):
+                while True:
+                    client, _ = listener.accept()
+                    server = socket.create_connection((server_address.hostname, server_address.port))
+                    open_sockets.extend((client, server))
+                    for source, sink in ((client, server), (server, client)):
+                        threading.Thread(target=carry, args=(source, sink), daemon=True).start()
+
+        thread = threading.Thread(target=accept, daemon=True)
+        thread.start()
+        try:
+            credentials, _, _ = server_address.netloc.rpartition("@")
+            netloc = f"{credentials}@127.0.0.1:{listener.getsockname()[1]}"
+            yield server_address._replace(netloc=netloc).geturl(), swallowing.set
+        finally:
+            _shut(listener)
+            thread.join()
+            for each in open_sockets:
+                _shut(each)
+                each.close()
 
 
 def _connect(host: str, port: int) -> socket.socket:

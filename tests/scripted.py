@@ -46,7 +46,8 @@ class Connection:
         self._here, self._there = socket.socketpair()
         self.closed = False
 
-    def cursor(self) -> Cursor:
+    def cursor(self, *, as_dict: bool) -> Cursor:
+        assert not as_dict
         assert not self.closed, "a closed connection is used"
         return Cursor(self)
 

@@ -95,9 +95,8 @@ CASES = [
     Case("slots, not a number", Wish(more={"slots": "0"}), "bad name or setting", doors=SCRIPTS),
     Case("slots beside shared", Wish(more={"slots": "2", "shared": "on"}), "bad name or setting", doors=SCRIPTS),
     Case("scope, neither", Wish(more={"scope": "statement"}), "bad name or setting", doors=SCRIPTS),
-    Case("shared, not yet", Wish(more={"shared": "on"}), "unsafe", doors=SCRIPTS),
-    Case("slots, not yet", Wish(more={"slots": "2"}), "unsafe", doors=SCRIPTS),
-    Case("transaction, not yet", Wish(more={"scope": "transaction"}), "unsafe", doors=SCRIPTS),
+    Case("slots, too many", Wish(more={"slots": "1000"}), "bad name or setting", doors=SCRIPTS),
+    Case("transaction, outside of one", Wish(more={"scope": "transaction"}), "unsafe", doors=SCRIPTS),
     # Settings of the session that must neither break a lock nor matter.
     Case("tight settings", Wish(), fields="- web-01 b",
          options="-c lock_timeout=1 -c idle_session_timeout=0 -c statement_timeout=400"),

@@ -212,8 +212,8 @@ SHOW = "import json, os; print(json.dumps({n: v for n, v in os.environ.items() i
 
 def test_environment(url: str, target: str) -> None:
     key = str(dblock.key(target, STEP).value)
-    held = {"DBLOCK_HELD": "1", "DBLOCK_KEY": key, "DBLOCK_TARGET": target, "DBLOCK_STEP": STEP}
-    outer = {"DBLOCK_TENANT": "", "DBLOCK_KEY": "1", "DBLOCK_HELD": "0", "DBLOCK_TARGET": "another"}
+    held = {"DBLOCK_HELD": "1", "DBLOCK_KEY": key, "DBLOCK_TARGET": target, "DBLOCK_STEP": STEP, "DBLOCK_SLOT": ""}
+    outer = {"DBLOCK_TENANT": "", "DBLOCK_KEY": "1", "DBLOCK_HELD": "0", "DBLOCK_TARGET": "another", "DBLOCK_SLOT": "7"}
 
     result = run(url, target, "--tenant", "T 1", command=python(SHOW), variables=outer)
     assert json.loads(result.stdout) == held | {"DBLOCK_TENANT": "T 1"}
@@ -221,6 +221,14 @@ def test_environment(url: str, target: str) -> None:
     assert json.loads(result.stdout) == held | {"DBLOCK_TENANT": ""}
     result = run(url, target, "--pass-url", command=python(SHOW), variables=outer)
     assert json.loads(result.stdout) == held | {"DBLOCK_TENANT": "", "DBLOCK_URL": url}
+
+    result = run(url, target, "--slots", "3", "--target", "a second", command=python(SHOW), variables=outer)
+    assert json.loads(result.stdout) == held | {
+        "DBLOCK_KEY": f"{key}\n{dblock.key('a second', STEP).value}",
+        "DBLOCK_TARGET": f"{target}\na second",
+        "DBLOCK_SLOT": "0\n0",
+        "DBLOCK_TENANT": "",
+    }
 
 
 def test_options_from_the_environment(url: str, target: str, observer: psycopg.Connection[Any]) -> None:

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -52,10 +51,13 @@ except dblock.DatabaseError as error:
 
 
 def test_all_is_complete() -> None:
-    public = [
-        name for name, value in vars(dblock).items() if not name.startswith("_") and not isinstance(value, ModuleType)
+    imported = [
+        name
+        for name, value in vars(dblock).items()
+        if getattr(value, "__module__", "").startswith("dblock") and not name.startswith("_")
     ]
-    assert dblock.__all__ == sorted(public)
+    assert dblock.__all__ == sorted({*imported, "AsyncLock", "alock"})
+    assert all(hasattr(dblock, name) for name in dblock.__all__)
 
 
 def test_every_error_is_public() -> None:

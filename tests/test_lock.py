@@ -24,7 +24,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 import dblock
 from dblock.connect import connect
 from dblock.demo.server import Server, postgres_server
-from dblock.lock import check_timeout
+from dblock.life import check_timeout
 from dblock.protocol import Granted, Wish
 from tests.support import wait_until
 
@@ -719,7 +719,7 @@ def test_no_password_is_shown_by_a_lock_that_works(server: Server, caplog: pytes
         pytest.raises(dblock.LockLost) as lost,
         lock(db, tenant="T1") as ours,
     ):
-        shown += [repr(ours), str(ours), repr(vars(ours)["_held"]), holder(observer)["application_name"]]
+        shown += [repr(ours), str(ours), repr(vars(ours)["_hold"]), holder(observer)["application_name"]]
         with pytest.raises(dblock.LockTimeout) as late:
             lock(db, timeout=0.05).__enter__()
         with pytest.raises(dblock.UnsafeConnection) as unsafe:

@@ -166,39 +166,6 @@ def test_a_killed_session_is_seen(mssql: SqlServer) -> None:
         ours.release()
 
 
-# As dblock, but with less patience for a silent connection.
-IMPATIENT = """
-import dataclasses, sys
-from dblock import driver_pymssql
-from dblock.cli import main
-session = driver_pymssql.PymssqlSession
-session.engine = dataclasses.replace(session.engine, keep_alive_seconds=0.05)
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-def test_dblock_run_asks_after_its_lock_while_the_command_runs(mssql: SqlServer) -> None:
-    command = ["run", "--target", "web-01", "--step", "b", "--", "sh", "-c", "echo held; read line; exit 3"]
-    with subprocess.Popen(
-        [sys.executable, "-c", IMPATIENT, *command],
-        env=os.environ | {"DBLOCK_URL": mssql.url},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        assert process.stderr is not None
-        assert process.stdout.readline() == "held\n"
-        mssql.end(*mssql.holders())
-        assert process.stderr.readline().startswith("dblock: b@web-01 was lost while it was held: ")
-        assert process.poll() is None
-        process.stdin.close()
-        assert process.stderr.read().endswith("; the command ended with exit code 3\n")
-    assert process.returncode == 76
-
-
 def test_the_callers_callback_stays_as_it_was(mssql: SqlServer) -> None:
     def foreign(_socket: int) -> None:
         pytest.fail("asked to wait for a connection that is not its own")

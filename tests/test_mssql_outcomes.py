@@ -10,6 +10,7 @@ import re
 import threading
 import time
 from datetime import datetime, timezone
+from typing import Any
 
 import pymssql
 import pytest
@@ -22,12 +23,12 @@ URL = "mssql+pymssql://deploy:secret-7@db:1433/shared"
 GRANTED_AT = int(datetime(2020, 2, 29, 10, 2, 11, tzinfo=timezone.utc).timestamp())
 SINCE = re.escape(f"{datetime.fromtimestamp(GRANTED_AT, tz=timezone.utc).astimezone():%Y-%m-%d %H:%M:%S}")
 
-OPEN = Line(r"SELECT @@SPID", [(57, "shared", "READ_WRITE", 0, "NoLock")])
-TRIED = Line(r"sp_getapplock @Resource = N'dblock:3736245238665493732'.*\n.*@LockTimeout = 1,", [(-1, None)])
+OPEN = Line(r"SELECT @@SPID", [(57, "shared", "READ_WRITE", 0, 0, 2, 0, None, 0, "NoLock")])
+TRIED = Line(r"sp_getapplock @Resource = N'dblock:3736245238665493732'.*@LockTimeout = 1,", [(-1, None)])
 SEEN = Line(
-    r"sys\.dm_tran_locks", [(1, 61, f"dblock1 {GRANTED_AT} T1 web-01 b".encode() + b"\0" * 90, "app", "octo-7", 3)]
+    r"sys\.dm_tran_locks", [(1, 0, 61, f"dblock1 {GRANTED_AT} T1 web-01 b".encode() + b"\0" * 90, "app", "octo-7", 3)]
 )
-HIDDEN = Line(r"sys\.dm_tran_locks", [(0, None, None, None, None, 0)])
+HIDDEN = Line(r"sys\.dm_tran_locks", [(0, 0, None, None, None, None, 0)])
 RELEASED = Line(r"sp_releaseapplock", [(0,)])
 DEAD = pymssql.OperationalError(
     20003, b"DB-Lib error message 20003, severity 6:\nAdaptive Server connection timed out\n"
@@ -40,7 +41,7 @@ def tried(answer: Rows | Exception | None) -> Line:
 
 def waited(answer: Rows | Exception | None, milliseconds: str = r"\d+") -> Line:
     return Line(
-        rf"SET CONTEXT_INFO @label;\s+EXEC @code = sys\.sp_getapplock[^;]*@LockTimeout = {milliseconds},", answer
+        rf"dblock1 w[^;]*; SET CONTEXT_INFO @label;[^;]*sp_getapplock[^;]*@LockTimeout = {milliseconds},", answer
     )
 
 
@@ -109,10 +110,11 @@ def test_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("row", "text"), [
-    ((1, None, None, None, None, 0), "nobody holds it at this moment"),
-    ((1, 61, None, "SSMS", "desk-3", 1), "held by a session (session 61, application SSMS, host desk-3); 1 ahead"),
-    ((1, 61, b"dblock1 1 T1 other b", "x", None, 0), "held by a session (session 61, application x)"),
-    ((1, 61, b"\xff\xfe\x1b[31m", "a\x1b[31m", "h\n", 0),
+    ((1, 0, None, None, None, None, 0), "nobody holds it at this moment"),
+    ((1, 0, 61, None, "SSMS", "desk-3", 1), "held by a session (session 61, application SSMS, host desk-3); 1 ahead"),
+    ((1, 2, 61, None, "SSMS", None, 0), "held by a session (session 61, application SSMS) and 2 others"),
+    ((1, 0, 61, b"dblock1 1 T1 other b", "x", None, 0), "held by a session (session 61, application x)"),
+    ((1, 0, 61, b"\xff\xfe\x1b[31m", "a\x1b[31m", "h\n", 0),
      r"held by a session (session 61, application a\x1b[31m, host h\n)"),
 ])  # fmt: skip
 def test_what_is_said_of_the_holder(monkeypatch: pytest.MonkeyPatch, row: tuple[object, ...], text: str) -> None:
@@ -144,16 +146,18 @@ def test_a_long_wait_is_reported_from_another_session(
     assert fourth.startswith("waiting for b@web-01; who is in the way cannot be asked: ")
 
 
-@pytest.mark.parametrize(("row", "error", "text"), [
-    ((57, "shared", "READ_ONLY", 0, "NoLock"), dblock.UnsafeConnection, "readable secondary"),
-    ((57, "shared", None, 0, "NoLock"), dblock.UnsafeConnection, "readable secondary"),
-    ((57, "master", "READ_WRITE", 0, "NoLock"), dblock.UnsafeConnection, "'master', but 'shared' was asked for"),
-    ((57, "shared", "READ_WRITE", 1, "NoLock"), dblock.UnsafeConnection, "inside a transaction"),
-    ((57, "shared", "READ_WRITE", 0, "Exclusive"), dblock.AlreadyHeld, "holds the lock already"),
+@pytest.mark.parametrize(("said", "error", "text"), [
+    ({"updateability": "READ_ONLY"}, dblock.UnsafeConnection, "readable secondary"),
+    ({"updateability": None}, dblock.UnsafeConnection, "readable secondary"),
+    ({"database": "master"}, dblock.UnsafeConnection, "'master', but 'shared' was asked for"),
+    ({"open_transactions": 1}, dblock.UnsafeConnection, "inside a transaction"),
+    ({"options": 5496 | 2}, dblock.UnsafeConnection, "IMPLICIT_TRANSACTIONS"),
+    ({"mode": "Exclusive"}, dblock.AlreadyHeld, "holds the lock already"),
 ])  # fmt: skip
 def test_refused_before_anything_is_taken(
-    monkeypatch: pytest.MonkeyPatch, row: tuple[object, ...], error: type[Exception], text: str
+    monkeypatch: pytest.MonkeyPatch, said: dict[str, Any], error: type[Exception], text: str
 ) -> None:
+    row = mssql.Opened(57, "shared", "READ_WRITE", 0, 0, 2, 5496, None, 0, "NoLock")._replace(**said)
     with scripted(monkeypatch, [Line(OPEN.asks, [row])]), pytest.raises(error, match=text), lock(database="shared"):
         pytest.fail("the body ran")
 
@@ -171,31 +175,29 @@ def test_a_release_that_is_none_is_a_loss(monkeypatch: pytest.MonkeyPatch, answe
 @pytest.mark.parametrize(("before", "restored"), [(None, "0x;"), (b"\x01\xff", "0x01ff;")])
 def test_context_info_is_restored(monkeypatch: pytest.MonkeyPatch, before: bytes | None, restored: str) -> None:
     release = Line(rf"sp_releaseapplock[^@]*@Resource[\s\S]*SET CONTEXT_INFO {restored}", [(0,)])
-    with scripted(monkeypatch, [OPEN, tried([(0, before)]), release]), lock():
+    opened = Line(OPEN.asks, [(57, "shared", "READ_WRITE", 0, 0, 2, 0, before, 0, "NoLock")])
+    with scripted(monkeypatch, [opened, tried([(0, None)]), release]), lock():
         pass
 
 
-def test_the_held_connection_is_kept_alive(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_held_connection_is_asked_after(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     asked = Line(r"^SELECT APPLOCK_MODE\('public', N'dblock:3736245238665493732', 'Session'\);$", [("Exclusive",)])
-    monkeypatch.setattr(mssql, "ENGINE", mssql.ENGINE)
-    monkeypatch.setattr(driver_pymssql.PymssqlSession, "engine", _every(0.01))
     script = [OPEN, tried([(0, None)]), asked, asked, Line(asked.asks, [("NoLock",)])]
-    held = lock()
+    held = dblock.lock(URL, target="web-01", step="b", heartbeat=0.1)
     with scripted(monkeypatch, script):
         held.acquire()
-        keeper = next(thread for thread in threading.enumerate() if thread.name == "dblock keep-alive")
-        keeper.join(30)
+        assert held.lost.wait(30)
         assert not held.held
         assert "b@web-01 was lost while it was held" in caplog.text
         with pytest.raises(dblock.LockLost, match="has it no more"):
             held.release()
 
 
-def test_no_keep_alive_outlives_its_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_watch_outlives_its_lock(monkeypatch: pytest.MonkeyPatch) -> None:
     with scripted(monkeypatch, [OPEN, tried([(0, None)]), RELEASED]):
         with lock():
-            (keeper,) = [thread for thread in threading.enumerate() if thread.name == "dblock keep-alive"]
-        assert not keeper.is_alive()
+            (watch,) = [thread for thread in threading.enumerate() if thread.name == "dblock watch"]
+        assert not watch.is_alive()
 
 
 def test_check(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,9 +212,3 @@ def test_check(monkeypatch: pytest.MonkeyPatch) -> None:
             held.release()
     with pytest.raises(dblock.LockNotHeld):
         held.check()
-
-
-def _every(seconds: float) -> object:
-    from dataclasses import replace
-
-    return replace(mssql.ENGINE, keep_alive_seconds=seconds)

@@ -100,7 +100,7 @@ def acquire_on(connection: Connection, timeout: float | None) -> Granted | Busy:
     session = PsycopgSession(connection)
     server_lock = session.lock(WANTED)
     session.run(server_lock.open(Conditions()))
-    return session.run(server_lock.acquire(timeout, lambda _: None))
+    return session.run(server_lock.acquire(timeout, lambda *_: None))
 
 
 def one(connection: Connection, query: str) -> Any:
@@ -187,7 +187,7 @@ def test_no_newcomer_overtakes(postgres: Postgres, observer: Connection, pool: T
             session = PsycopgSession(connection)
             server_lock = session.lock(WANTED)
             session.run(server_lock.open(Conditions()))
-            while isinstance(session.run(server_lock.acquire(0, lambda _: None)), Busy):
+            while isinstance(session.run(server_lock.acquire(0, lambda *_: None)), Busy):
                 tries[number] += 1
             served.append("newcomer")
 

@@ -56,7 +56,7 @@ class OneSession:
         self._granted: Granted | None = None
 
     def acquire(self, timeout: float | None) -> bool:
-        outcome = self._session.run(self._lock.acquire(timeout, lambda _: None))
+        outcome = self._session.run(self._lock.acquire(timeout, lambda *_: None))
         self._granted = outcome if isinstance(outcome, Granted) else None
         return self._granted is not None
 

@@ -136,7 +136,7 @@ def test_a_bigint_key_in_pg_locks_and_back(session: Connection, key: int) -> Non
 @pytest.mark.parametrize("key", KEYS)
 def test_the_high_half_as_a_signed_integer(session: Connection, key: int) -> None:
     """Python and acquire.sql shift alike, so their queues are one; and the extremes are still an int4."""
-    names = LockNames(key, "", "")
+    names = LockNames(key, (), None, False, "", "")
     assert value(session, f"SELECT ('{key}'::bigint >> 32)::integer") == names.high
     send(session, f"SELECT pg_advisory_lock_shared({names.high}, 0)")
     assert locks(session) == [(names.classid, 0, 2, "ShareLock")]
@@ -244,6 +244,34 @@ def test_a_session_lock_survives_rollback_and_its_unlock_too(session: Connection
     assert locks(other) == []
     send(session, "ROLLBACK")
     assert locks(other) == []
+
+
+@pytest.mark.parametrize("shared", ["", "_shared"])
+def test_a_sessions_lock_can_be_handed_to_the_transaction(session: Connection, other: Connection, shared: str) -> None:
+    """Without a gap and without a wait, also for one who queues in the server; then it ends with the transaction."""
+    send(session, f"SELECT pg_advisory_lock{shared}({K})")
+    with ThreadPoolExecutor(1) as pool:
+        waiter = pool.submit(send, other, f"SELECT pg_advisory_lock({K})")
+        wait_until(lambda: waits(session, other), "the one who queues")
+        send(session, "BEGIN")
+        send(session, "SET LOCAL lock_timeout = '1ms'")
+        send(session, f"SELECT pg_advisory_xact_lock{shared}({K})")
+        assert value(session, f"SELECT pg_advisory_unlock{shared}({K})") is True
+        send(session, "SAVEPOINT later")
+        send(session, "ROLLBACK TO later")
+        assert waits(session, other)
+        send(session, "COMMIT")
+        waiter.result()
+
+
+def test_names_of_sessions_are_read_once_in_a_transaction(session: Connection, other: Connection) -> None:
+    seen = f"SELECT application_name FROM pg_stat_activity WHERE pid = {other.info.backend_pid}"
+    send(session, "BEGIN")
+    before = value(session, seen)
+    send(other, "SET application_name = 'another'")
+    assert value(session, seen) == before
+    send(session, "SELECT pg_stat_clear_snapshot()")
+    assert value(session, seen) == "another"
 
 
 def test_pg_locks_shows_what_happened_while_the_message_waited(

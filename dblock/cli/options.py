@@ -10,7 +10,7 @@ import argparse
 import os
 import re
 
-from dblock.lock import check_timeout
+from dblock.life import check_timeout
 
 _DURATION = re.compile(r"(?P<number>[0-9]{1,7}(?:\.[0-9]{1,3})?)(?P<unit>[smh]?)|(?P<milliseconds>[0-9]{1,10})ms")
 _UNIT_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
@@ -35,10 +35,47 @@ def add_connection(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_names(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name a lock, for `value`."""
-    parser.add_argument("--target", metavar="T", help="where the step runs (default: DBLOCK_TARGET)")
+def add_names(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """Add the options that name a lock, for `value`; where there may be several targets, for `targets`."""
+    if several:
+        parser.add_argument(
+            "--target",
+            metavar="T",
+            action="append",
+            help="where the step runs (default: DBLOCK_TARGET); given several times, all of them are taken or none",
+        )
+    else:
+        parser.add_argument("--target", metavar="T", help="where the step runs (default: DBLOCK_TARGET)")
     parser.add_argument("--step", metavar="S", help="what runs only once at a time there (default: DBLOCK_STEP)")
+
+
+def add_shape(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how many may hold the lock at once."""
+    shape = parser.add_mutually_exclusive_group()
+    shape.add_argument("--shared", action="store_true", help="beside other shared holders, not beside an exclusive one")
+    shape.add_argument(
+        "--slots",
+        metavar="N",
+        type=_slots,
+        help="at most N at once; which of 0 to N-1 this one is, the command finds in DBLOCK_SLOT",
+    )
+
+
+def targets(args: argparse.Namespace) -> str | list[str]:
+    """Return the targets that are given, or that of DBLOCK_TARGET.
+
+    Raises:
+        UsageError: there is none, or one is empty.
+    """
+    if args.target is None:
+        found = os.environ.get("DBLOCK_TARGET")
+        if not found:
+            raise UsageError("--target is missing: give it, or set DBLOCK_TARGET")
+        return found
+    given: list[str] = args.target
+    if "" in given:
+        raise UsageError("--target is empty")
+    return given[0] if len(given) == 1 else given
 
 
 def value(args: argparse.Namespace, name: str) -> str | None:
@@ -97,6 +134,12 @@ def duration(text: str | None) -> float | None:
     if match["milliseconds"]:
         return check_timeout(int(match["milliseconds"]) / 1000)
     return check_timeout(float(match["number"]) * _UNIT_SECONDS[match["unit"]])
+
+
+def _slots(text: str) -> int:
+    if not re.fullmatch(r"[1-9][0-9]{0,2}", text):
+        raise argparse.ArgumentTypeError("must be a number from 1 to 999")
+    return int(text)
 
 
 def _refuse_secrets(found: str) -> None:

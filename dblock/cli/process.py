@@ -18,13 +18,15 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from dblock.cli.messages import say
-from dblock.cli.watcher import Watcher
+from dblock.cli.watcher import Watcher, has_living
 from dblock.errors import LockLost
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from dblock.lock import Lock
+
+_PAUSE_SECONDS = 0.02
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -148,7 +150,15 @@ class _Terminal:
         return True
 
 
-def run(command: Sequence[str], environment: Mapping[str, str], signals: Signals, watcher: Watcher, lock: Lock) -> int:
+def run(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    signals: Signals,
+    watcher: Watcher,
+    lock: Lock,
+    *,
+    grace: float,
+) -> int:
     """Run a command in a process group of its own, to its end.
 
     Args:
@@ -156,7 +166,9 @@ def run(command: Sequence[str], environment: Mapping[str, str], signals: Signals
         environment: all of its environment.
         signals: are forwarded to the whole group.
         watcher: is told the group before the command runs.
-        lock: is held, and kept alive meanwhile.
+        lock: is held, and watched meanwhile. Where it is lost, the group is ended: by SIGTERM, after the grace by
+            SIGKILL.
+        grace: seconds.
 
     Returns:
         Its exit code; where a signal ended it, the signal's number below 0.
@@ -172,6 +184,8 @@ def run(command: Sequence[str], environment: Mapping[str, str], signals: Signals
     process = _start(command, environment, signals, watcher, terminal)
     try:
         _see_to_its_end(process, signals, watcher, terminal, lock)
+        if process.returncode is None:
+            _end(process, grace)
     finally:
         if process.returncode is None:
             # Whatever went wrong here: the lock is given back next, so the command must not run on.
@@ -214,16 +228,22 @@ def _start(
 def _see_to_its_end(
     process: subprocess.Popen[bytes], signals: Signals, watcher: Watcher, terminal: _Terminal, lock: Lock
 ) -> None:
-    pause = lock.keep_alive_seconds
-    next_check = None if pause is None else time.monotonic() + pause
+    """Return when the command has ended, or the lock is lost."""
+    heartbeat = lock.heartbeat or None
+    next_check = time.monotonic() + (heartbeat or 0)
     with selectors.DefaultSelector() as selector:
         selector.register(signals, selectors.EVENT_READ)
         selector.register(watcher, selectors.EVENT_READ)
+        selector.register(lock.fileno(), selectors.EVENT_READ)
         while process.returncode is None:
-            nap = None if next_check is None else max(0.0, next_check - time.monotonic())
+            nap = heartbeat and max(0.0, next_check - time.monotonic())
             ready = [key.fileobj for key, _ in selector.select(nap)]
-            if pause is not None and next_check is not None and time.monotonic() >= next_check:
-                next_check = time.monotonic() + pause if _is_still_held(lock) else None
+            if lock.fileno() in ready and not lock.stands():
+                return
+            if heartbeat and time.monotonic() >= next_check:
+                if not _is_still_held(lock):
+                    return
+                next_check = time.monotonic() + heartbeat
             if watcher in ready:
                 say("the watcher process was ended: killed now, this would free the lock while the command runs on")
                 selector.unregister(watcher)
@@ -235,13 +255,23 @@ def _see_to_its_end(
 
 
 def _is_still_held(lock: Lock) -> bool:
-    """Keep the lock's connection alive. A loss is said now, and decides the exit code at the release."""
+    """Ask the server. A loss is said now, and decides the exit code at the release."""
     try:
         lock.check()
-    except LockLost as lost:
-        say(str(lost))
+    except LockLost:
         return False
     return True
+
+
+def _end(process: subprocess.Popen[bytes], grace: float) -> None:
+    """End a process group, all of it. Its first process is asked for last, so that the group's number stays its own."""
+    deadline = time.monotonic() + grace
+    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGCONT)
+    while time.monotonic() < deadline and has_living(process.pid):
+        time.sleep(_PAUSE_SECONDS)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _ask_after(process: subprocess.Popen[bytes], terminal: _Terminal) -> None:

@@ -17,11 +17,13 @@ Hold the lock for one step on one target while a command runs, and exit with the
 
 The command runs without a shell, in a process group of its own. Signals (INT, TERM, HUP, QUIT, USR1, USR2) reach all
 of the group; while the lock is waited for they end the wait. Should dblock run itself be killed, the whole group is
-killed before the lock is free. Processes that leave the group (setsid, daemons) are not, and those that the command
-leaves behind when it ends go on without the lock.
+killed before the lock is free. Where the lock is lost, the group gets TERM, and KILL after --grace. Processes that
+leave the group (setsid, daemons) are not ended, and those that the command leaves behind when it ends go on without
+the lock.
 
-The command finds DBLOCK_HELD=1, DBLOCK_KEY, DBLOCK_TARGET, DBLOCK_STEP and DBLOCK_TENANT (empty where none is given)
-in its environment, and does not find DBLOCK_URL.
+The command finds DBLOCK_HELD=1, DBLOCK_KEY, DBLOCK_TARGET, DBLOCK_STEP, DBLOCK_TENANT (empty where none is given) and
+DBLOCK_SLOT (empty without --slots) in its environment, and does not find DBLOCK_URL. Where there are several targets,
+DBLOCK_KEY, DBLOCK_TARGET and DBLOCK_SLOT have a line for each, in the order in which they were given.
 """
 
 _EXIT_CODES = """\
@@ -48,7 +50,8 @@ def add(commands: Any) -> None:
         epilog=_EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    options.add_names(parser)
+    options.add_names(parser, several=True)
+    options.add_shape(parser)
     parser.add_argument("--tenant", metavar="X", help="for whom; a label, shown to those who wait (DBLOCK_TENANT)")
     parser.add_argument(
         "--timeout",
@@ -67,6 +70,21 @@ def add(commands: Any) -> None:
         default=75,
         help="the exit code where the lock was not acquired in time (default: %(default)s)",
     )
+    parser.add_argument(
+        "--heartbeat",
+        metavar="DURATION",
+        type=_duration,
+        default=10.0,
+        help="how often to ask the server whether the lock is still held, from 100ms to 10m; 0: never (default: 10s). "
+        "A connection that the server ends is noticed at once all the same",
+    )
+    parser.add_argument(
+        "--grace",
+        metavar="DURATION",
+        type=_duration,
+        default=5.0,
+        help="how long the command may take to end by SIGTERM when the lock is lost; then it is killed (default: 5s)",
+    )
     parser.set_defaults(handler=handle, takes_command=True)
 
 
@@ -83,13 +101,18 @@ def handle(args: argparse.Namespace) -> int:
     tenant = options.value(args, "tenant")
     lock = dblock.Lock(
         url,
-        target=options.required(args, "target"),
+        target=options.targets(args),
         step=options.required(args, "step"),
         tenant=tenant,
         timeout=options.duration(options.value(args, "timeout")),
+        shared=args.shared,
+        slots=args.slots,
+        scope="session",
         database=options.value(args, "database"),
         allow_session_pooler=args.allow_session_pooler,
-        keep_alive=False,  # the loop that waits for the command does that: no thread lives where it is forked off
+        heartbeat=args.heartbeat,
+        watched=False,  # the loop that waits for the command does that: no thread lives where it is forked off
+        grace=args.grace,
     )
     _log_to_stderr()
     code: int | None = None
@@ -99,7 +122,7 @@ def handle(args: argparse.Namespace) -> int:
                 signals.interrupting = False
                 with Watcher(lock.fileno()) as watcher:
                     environment = _environment(lock, tenant, url if args.pass_url else None)
-                    code = process.run(args.command, environment, signals, watcher, lock)
+                    code = process.run(args.command, environment, signals, watcher, lock, grace=args.grace)
                 # What hangs now is the giving back, and it may be left to the end of the connection.
                 signals.interrupting = True
         except dblock.LockLost as lost:
@@ -123,11 +146,12 @@ def _environment(lock: dblock.Lock, tenant: str | None, url: str | None) -> dict
     environment = {name: value for name, value in os.environ.items() if name != "DBLOCK_URL"}
     environment |= {
         "DBLOCK_HELD": "1",
-        "DBLOCK_KEY": str(lock.key.value),
-        "DBLOCK_TARGET": lock.target,
+        "DBLOCK_KEY": "\n".join(str(key.value) for key in lock.keys),
+        "DBLOCK_TARGET": "\n".join(lock.targets),
         "DBLOCK_STEP": lock.step,
         # Empty rather than left out: what an outer dblock run has set is not this lock's.
         "DBLOCK_TENANT": tenant or "",
+        "DBLOCK_SLOT": "\n".join(map(str, lock.slots)),
     }
     return environment if url is None else environment | {"DBLOCK_URL": url}
 
@@ -145,6 +169,14 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:  # most of the real-time signals have no name
         return f"signal {number}"
+
+
+def _duration(text: str) -> float:
+    try:
+        seconds = options.duration(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return seconds or 0.0
 
 
 def _exit_code(text: str) -> int:

@@ -128,12 +128,12 @@ def _end_group(group: int) -> None:
             # Somebody of it is another user's. On macOS, that is also the answer where only zombies are left.
             if sys.platform == "darwin":
                 return
-        if not _has_living(group):
+        if not has_living(group):
             return
         time.sleep(0.005)
 
 
-def _has_living(group: int) -> bool:
+def has_living(group: int) -> bool:
     """Whether a process of the group is more than a zombie: killed ones stay zombies until a parent asks for them,
     which in a container may be never. Without /proc nobody can tell, and it counts as living.
     """

@@ -3,7 +3,8 @@ dblock force_release, for PostgreSQL 14 to 18
 
 Shows who holds one lock; and, told which of them, ends that session, only if it still holds that lock. The server then gives
 back all that the session held and hands the lock on. What the session was doing is rolled back or stays half done: look
-first whether it is really gone or stuck (inspect.sql shows who it is).
+first whether it is really gone or stuck (inspect.sql shows who it is). A lock that is shared or has slots can have several
+holders, each a row: one is ended with each run.
 
 Needs       to look: a login. To end: the holder's role, or pg_signal_backend, or a superuser; a superuser's session needs a
             superuser. One statement, for the primary: a standby's locks are its own.
@@ -27,6 +28,8 @@ Columns, one row for each holder, or one that says why there is none
     since                   of the grant, as that label says
     activity, query_start   what the session does, and since when; empty where the role may not see it
     key                     the lock
+    mode                    exclusive or shared; or slot 0, slot 1, ... of a lock with slots, if its names were given and not its
+                            key alone: then it is shown as shared
 
 Operators are written in full, since a schema of the search_path may define its own.
 */
@@ -45,12 +48,10 @@ wish AS MATERIALIZED (
 -- The names are not judged as acquire.sql judges them: names that it refuses have a key that nobody holds.
 named AS MATERIALIZED (
     SELECT wish.confirm,
-           CASE WHEN wish.target OPERATOR(pg_catalog.<>) '' AND wish.step OPERATOR(pg_catalog.<>) ''
-                     AND (wish.utf8
-                          OR pg_catalog.concat(wish.target, wish.step) OPERATOR(pg_catalog.!~) E'[^\\u0001-\\u007f]')
-                THEN pg_catalog.concat('x', pg_catalog.substr(pg_catalog.encode(pg_catalog.sha256(
-                         pg_catalog.convert_to(pg_catalog.concat(wish.target, pg_catalog.chr(31), wish.step), 'UTF8')),
-                         'hex'), 1, 16))::bit(64)::bigint
+           names.bytes,
+           CASE WHEN names.bytes IS NOT NULL
+                THEN pg_catalog.concat('x', pg_catalog.substr(pg_catalog.encode(
+                         pg_catalog.sha256(names.bytes), 'hex'), 1, 16))::bit(64)::bigint
            END AS key_of_names,
            CASE WHEN wish.key OPERATOR(pg_catalog.~) '^-?[0-9]{1,19}$'
                 THEN CASE WHEN wish.key::numeric OPERATOR(pg_catalog.>=) (-9223372036854775808)::numeric
@@ -60,11 +61,18 @@ named AS MATERIALIZED (
            END AS key_of_number,
            wish.key OPERATOR(pg_catalog.<>) '' AS by_number,
            wish.target OPERATOR(pg_catalog.<>) '' OR wish.step OPERATOR(pg_catalog.<>) '' AS by_names
-    FROM wish
+    FROM wish,
+         LATERAL (SELECT CASE WHEN wish.target OPERATOR(pg_catalog.<>) '' AND wish.step OPERATOR(pg_catalog.<>) ''
+                                   AND (wish.utf8 OR pg_catalog.concat(wish.target, wish.step)
+                                                     OPERATOR(pg_catalog.!~) E'[^\\u0001-\\u007f]')
+                              THEN pg_catalog.convert_to(
+                                       pg_catalog.concat(wish.target, pg_catalog.chr(31), wish.step), 'UTF8')
+                         END) AS names(bytes)
 ),
 
 judged AS MATERIALIZED (
     SELECT named.confirm,
+           named.bytes,
            COALESCE(named.key_of_number, named.key_of_names) AS key,
            CASE WHEN NOT named.by_number AND NOT named.by_names
                     THEN 'refused: neither dblock.target and dblock.step nor dblock.key is set'
@@ -86,6 +94,8 @@ judged AS MATERIALIZED (
 -- Read once: each reading of pg_locks is another moment.
 locks AS MATERIALIZED (
     SELECT l.locktype, l.virtualtransaction, l.transactionid, l.pid, l.granted, l.objsubid,
+           COALESCE(l.pid::pg_catalog.text, l.virtualtransaction) AS owner,
+           l.mode OPERATOR(pg_catalog.=) 'ShareLock' AS shared,
            (l.classid::bigint OPERATOR(pg_catalog.<<) 32) OPERATOR(pg_catalog.|) l.objid::bigint AS key
     FROM pg_catalog.pg_locks AS l
     WHERE l.locktype OPERATOR(pg_catalog.=) 'advisory' AND l.granted AND l.objsubid OPERATOR(pg_catalog.=) 1
@@ -95,17 +105,34 @@ locks AS MATERIALIZED (
        OR l.locktype OPERATOR(pg_catalog.=) 'transactionid' AND l.pid IS NULL
 ),
 
+-- A lock with slots is held as two: itself shared, and one of its permits, whose keys follow from the names.
+slots AS MATERIALIZED (
+    SELECT l.owner, number.slot
+    FROM judged,
+         pg_catalog.generate_series(0, 998) AS number(slot),
+         LATERAL (SELECT pg_catalog.concat('x', pg_catalog.encode(pg_catalog.substr(pg_catalog.sha256(
+                             judged.bytes OPERATOR(pg_catalog.||) pg_catalog.decode('1f', 'hex')
+                                          OPERATOR(pg_catalog.||) pg_catalog.convert_to(number.slot::pg_catalog.text, 'UTF8')
+                         ), 1, 8), 'hex'))::bit(64)::bigint) AS permit(key),
+         locks AS l
+    WHERE l.key OPERATOR(pg_catalog.=) permit.key AND l.locktype OPERATOR(pg_catalog.=) 'advisory' AND NOT l.shared
+),
+
 holders AS MATERIALIZED (
-    SELECT DISTINCT l.pid, l.virtualtransaction, judged.key,
-           judged.confirm OPERATOR(pg_catalog.=) l.pid::pg_catalog.text AS confirmed
+    SELECT l.pid, l.virtualtransaction, judged.key,
+           judged.confirm OPERATOR(pg_catalog.=) l.pid::pg_catalog.text AS confirmed,
+           pg_catalog.bool_and(l.shared) AS shared,
+           pg_catalog.min(slots.slot) FILTER (WHERE l.shared) AS slot
     FROM judged
     JOIN locks AS l ON l.key OPERATOR(pg_catalog.=) judged.key AND l.locktype OPERATOR(pg_catalog.=) 'advisory'
+    LEFT JOIN slots ON slots.owner OPERATOR(pg_catalog.=) l.owner
     WHERE judged.refused IS NULL
+    GROUP BY l.pid, l.virtualtransaction, judged.key, judged.confirm
 ),
 
 -- Where the server would refuse, the whole statement would fail and say less: its rule is asked first.
 described AS MATERIALIZED (
-    SELECT h.pid, h.virtualtransaction, h.key, h.confirmed,
+    SELECT h.pid, h.virtualtransaction, h.key, h.confirmed, h.shared, h.slot,
            h.pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() AS own,
            a.application_name, a.usename, a.state, a.query_start,
            COALESCE(a.client_hostname, pg_catalog.host(a.client_addr),
@@ -160,7 +187,8 @@ SELECT CASE
                THEN pg_catalog.format('nothing was ended: pid %s does not hold this lock, this session does', judged.confirm)
            WHEN d.own
                THEN pg_catalog.format('nothing was ended: your own session holds it; release.sql gives it back, or '
-                                      'SELECT pg_catalog.pg_advisory_unlock(%s)', d.key)
+                                      'SELECT pg_catalog.pg_advisory_unlock%s(%s)',
+                                      CASE WHEN d.shared THEN '_shared' END, d.key)
            WHEN d.permitted IS NOT TRUE
                THEN pg_catalog.concat(CASE WHEN d.confirmed THEN 'nothing was ended' ELSE 'held' END,
                                       ': you may not end this session; its own role may, a member of pg_signal_backend '
@@ -179,7 +207,11 @@ SELECT CASE
            pg_catalog.substring(d.application_name, '^dblock1 ([0-9]{1,11}) ')::double precision) AS since,
        d.state AS activity,
        d.query_start,
-       judged.key
+       judged.key,
+       CASE WHEN d.slot IS NOT NULL THEN pg_catalog.concat('slot ', d.slot)
+            WHEN d.shared THEN 'shared'
+            WHEN d.key IS NOT NULL THEN 'exclusive'
+       END AS mode
 FROM judged
 LEFT JOIN described AS d ON true
 LEFT JOIN prepared ON d.pid IS NULL AND prepared.virtualtransaction OPERATOR(pg_catalog.=) d.virtualtransaction

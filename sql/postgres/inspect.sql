@@ -20,7 +20,9 @@ Columns
     since, seconds  of the grant, or of the beginning of the wait
     pid, host, "user"   the session; no pid: a prepared transaction, which outlives its session
     to_free         of a holder: the statement that ends it, and gives back ALL that its session holds
-    mode            exclusive or shared
+    mode            exclusive or shared; or slot 0, slot 1, ... of one who holds a lock with slots, where its names are known and
+                    not shortened. Otherwise such a lock is shown as the two that it is: shared, and a bigint, its permit.
+                    Of those who wait in dblock's queue it is known of the first only; the others are shown as exclusive
     key             the lock's number, as `dblock key` and key.sql compute it
     lock            dblock; or somebody else's advisory lock: one bigint, or two integers. Locks of dblock's queue are not
                     shown but counted, as position; one that belongs to nobody who waits is shown with its numbers
@@ -53,6 +55,7 @@ here AS MATERIALIZED (
 -- Read once: each reading of pg_locks is another moment.
 locks AS MATERIALIZED (
     SELECT l.locktype, l.virtualtransaction, l.transactionid, l.pid, l.granted, l.waitstart, l.objsubid,
+           COALESCE(l.pid::pg_catalog.text, l.virtualtransaction) AS owner,
            l.mode OPERATOR(pg_catalog.=) 'ShareLock' AS shared,
            l.classid::bigint AS classid,
            l.objid::bigint   AS objid,
@@ -94,8 +97,9 @@ labels AS MATERIALIZED (
            name.shown[2] AS target,
            name.shown[3] AS step,
            name.shortened,
-           pg_catalog.concat('x', pg_catalog.substr(name.hash,  1, 16))::bit(64)::bigint AS key,
-           pg_catalog.concat('x', pg_catalog.substr(name.hash,  1,  8))::bit(32)::bigint AS classid
+           name.bytes,
+           pg_catalog.concat('x', pg_catalog.substr(digest.hex, 1, 16))::bit(64)::bigint AS key,
+           pg_catalog.concat('x', pg_catalog.substr(digest.hex, 1,  8))::bit(32)::bigint AS classid
     FROM here,
          pg_catalog.pg_stat_activity AS a,
          pg_catalog.regexp_match(
@@ -105,9 +109,8 @@ labels AS MATERIALIZED (
                         pg_catalog.concat(field.shown, CASE WHEN said.cut THEN '~' END) ORDER BY said.place) AS shown,
                     pg_catalog.bool_or(said.cut)
                         FILTER (WHERE said.place OPERATOR(pg_catalog.>) 1) AS shortened,
-                    pg_catalog.encode(pg_catalog.sha256(
-                        pg_catalog.string_agg(field.bytes, pg_catalog.decode('1f', 'hex') ORDER BY said.place)
-                        FILTER (WHERE said.place OPERATOR(pg_catalog.>) 1)), 'hex') AS hash
+                    pg_catalog.string_agg(field.bytes, pg_catalog.decode('1f', 'hex') ORDER BY said.place)
+                        FILTER (WHERE said.place OPERATOR(pg_catalog.>) 1) AS bytes
              FROM (SELECT raw.place,
                           raw.text OPERATOR(pg_catalog.~) '~$' AS cut,
                           -- A cut in the middle of a character leaves its first bytes, which say nothing.
@@ -136,13 +139,32 @@ labels AS MATERIALIZED (
                                                  THEN pg_catalog.decode(
                                                           pg_catalog.replace(cut.text[1], '%', ''), 'hex')
                                                  ELSE pg_catalog.convert_to(cut.text[1], 'UTF8')
-                                            END) AS byte(bytes)) AS unit) AS field) AS name
+                                            END) AS byte(bytes)) AS unit) AS field) AS name,
+         LATERAL (SELECT pg_catalog.encode(pg_catalog.sha256(name.bytes), 'hex')) AS digest(hex)
     WHERE part IS NOT NULL
 ),
 
 -- What a key is called is true, whoever says it: the names give the key.
 names AS MATERIALIZED (
-    SELECT DISTINCT ON (l.key) l.key, l.target, l.step FROM labels AS l WHERE NOT l.shortened ORDER BY l.key
+    SELECT DISTINCT ON (l.key) l.key, l.target, l.step, l.bytes FROM labels AS l WHERE NOT l.shortened ORDER BY l.key
+),
+
+-- A lock with slots is held as two: itself shared, and one of its permits, whose keys follow from the names too.
+permits AS MATERIALIZED (
+    SELECT n.key AS base, number.slot,
+           pg_catalog.concat('x', pg_catalog.encode(pg_catalog.substr(pg_catalog.sha256(
+               n.bytes OPERATOR(pg_catalog.||) pg_catalog.decode('1f', 'hex')
+                       OPERATOR(pg_catalog.||) pg_catalog.convert_to(number.slot::pg_catalog.text, 'UTF8')
+           ), 1, 8), 'hex'))::bit(64)::bigint AS key
+    FROM names AS n, pg_catalog.generate_series(0, 998) AS number(slot)
+    WHERE EXISTS (SELECT FROM locks AS l WHERE l.key OPERATOR(pg_catalog.=) n.key AND l.granted AND l.shared)
+),
+slots AS MATERIALIZED (
+    SELECT own.owner, permits.base, permits.key AS permit, permits.slot
+    FROM permits
+    JOIN locks AS own  ON own.key OPERATOR(pg_catalog.=) permits.key AND own.granted AND NOT own.shared
+    JOIN locks AS base ON base.key OPERATOR(pg_catalog.=) permits.base AND base.granted AND base.shared
+                      AND base.owner OPERATOR(pg_catalog.=) own.owner
 ),
 
 -- dblock's queue stands in two-integer locks, whose first number is the key's high half: everybody who waits holds
@@ -170,17 +192,21 @@ places AS MATERIALIZED (
            l.objsubid OPERATOR(pg_catalog.=) 2 AS pair,
            NOT l.granted AS waiting,
            pg_catalog.bool_and(l.shared) AS shared,
+           pg_catalog.min(s.slot) AS slot,
            pg_catalog.min(l.waitstart) AS waitstart,
            NULL::bigint AS ticket
     FROM locks AS l
+    LEFT JOIN slots AS s ON s.owner OPERATOR(pg_catalog.=) l.owner AND s.base OPERATOR(pg_catalog.=) l.key AND l.granted
     WHERE l.locktype OPERATOR(pg_catalog.=) 'advisory'
       AND NOT EXISTS (SELECT FROM queue AS q
                       WHERE q.pid OPERATOR(pg_catalog.=) l.pid AND q.classid OPERATOR(pg_catalog.=) l.classid
-                        AND (l.objsubid OPERATOR(pg_catalog.=) 2 OR NOT l.granted))
+                        AND (l.objsubid OPERATOR(pg_catalog.=) 2 OR NOT l.granted OR l.shared))
+      AND NOT EXISTS (SELECT FROM slots AS p
+                      WHERE p.owner OPERATOR(pg_catalog.=) l.owner AND p.permit OPERATOR(pg_catalog.=) l.key)
     GROUP BY l.pid, l.virtualtransaction, l.classid, l.objid, l.objsubid, l.key, l.granted
   UNION ALL
     SELECT q.pid, NULL, q.classid, NULL, NULL, COALESCE(own.key, said.key, sole.key),
-           false, true, false, own.waitstart, q.ticket
+           false, true, COALESCE(own.shared, false), NULL, own.waitstart, q.ticket
     FROM queue AS q
     LEFT JOIN locks AS own  ON own.pid OPERATOR(pg_catalog.=) q.pid AND own.classid OPERATOR(pg_catalog.=) q.classid
                            AND own.objsubid OPERATOR(pg_catalog.=) 1
@@ -191,12 +217,12 @@ places AS MATERIALIZED (
                          END AS key
                   FROM locks AS l
                   WHERE l.objsubid OPERATOR(pg_catalog.=) 1 AND l.classid OPERATOR(pg_catalog.=) q.classid) AS sole
-    -- Just granted, the ticket not yet given back.
-    WHERE own.granted IS NOT TRUE
+    -- Just granted, the ticket not yet given back. But a shared one may be the first's look whether a slot is free.
+    WHERE own.granted IS NOT TRUE OR own.shared
 ),
 
 described AS MATERIALIZED (
-    SELECT p.pid, p.key, p.waiting, p.shared, p.waitstart, p.ticket, p.classid,
+    SELECT p.pid, p.key, p.waiting, p.shared, p.slot, p.waitstart, p.ticket, p.classid,
            -- In a queue everything counts that bars it, also a foreign lock on one of its own numbers.
            CASE WHEN queued.classid IS NULL THEN p.objsubid END AS apart_objsubid,
            CASE WHEN queued.classid IS NULL THEN p.objid    END AS apart_objid,
@@ -258,7 +284,10 @@ SELECT CASE WHEN d.waiting THEN 'waiting' ELSE 'held' END AS state,
        pg_catalog.regexp_replace(d.host, here.hidden, '?', 'g') AS host,
        pg_catalog.regexp_replace(d.role, here.hidden, '?', 'g') AS "user",
        d.to_free,
-       CASE WHEN d.shared THEN 'shared' ELSE 'exclusive' END AS mode,
+       CASE WHEN d.slot IS NOT NULL THEN pg_catalog.concat('slot ', d.slot)
+            WHEN d.shared THEN 'shared'
+            ELSE 'exclusive'
+       END AS mode,
        d.key,
        d.lock,
        pg_catalog.regexp_replace(d.application, here.hidden, '?', 'g') AS application,

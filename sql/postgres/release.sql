@@ -1,11 +1,14 @@
 /*
 dblock release, for PostgreSQL 14 and later
 
-Gives back the lock that acquire.sql took last in this session, and the session its application_name. Locks that were
-taken one after the other are given back in reverse, one with each run.
+Gives back the lock that acquire.sql took last in this session, of one with slots the permit and then the rest, and the session
+its application_name. Locks that were taken one after the other are given back in reverse, one with each run.
+
+A lock of a transaction (dblock.scope = 'transaction') ends with the COMMIT or ROLLBACK. Before that, this only makes sure that
+it is still held; after it there is nothing to give back.
 
 Needs       the session of acquire.sql, in autocommit: the work must be committed before the lock is given back, since the
-            next holder would not see it otherwise.
+            next holder would not see it otherwise. For a lock of a transaction: that transaction.
 
 psql        psql -v ON_ERROR_STOP=1 -c "set dblock.target = 'web-01'" -c "set dblock.step = 'b'" \
                  -f acquire.sql -f b.sql -f release.sql
@@ -14,11 +17,12 @@ a driver    the text of this file as a command of its own, on the connection of 
 If it fails, the lock stays as it was, and ends with the session:
     55000  this session holds no lock of acquire.sql; or its application_name is no longer the lock's label, so that
            behind a pooler the lock could be another client's
-    0A000  inside a transaction
+    0A000  inside a transaction, and the lock is not the transaction's
 */
 DO $dblock$
 DECLARE
-    held                pg_catalog.jsonb;             -- written by acquire.sql: key, label, and the name before
+    old_search_path     pg_catalog.text := pg_catalog.current_setting('search_path');
+    held                pg_catalog.jsonb;             -- written by acquire.sql, one entry for each lock
     last                pg_catalog.jsonb;
     refused_here        pg_catalog.text;
     refused_nested      pg_catalog.text;
@@ -49,18 +53,20 @@ BEGIN
             WHEN last ->> 'label' IS DISTINCT FROM pg_catalog.current_setting('application_name')
                 THEN 'application_name is not the label that acquire.sql gave this session, so the lock may be another'
                      ' client''s behind a pooler; it is kept until the session ends'
-            WHEN NOT EXISTS (
-                    SELECT FROM pg_catalog.pg_locks AS l
-                    WHERE l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted
-                      AND l.pid = pg_catalog.pg_backend_pid()
-                      AND (l.classid::bigint << 32) | l.objid::bigint = (last ->> 'key')::bigint)
+            WHEN EXISTS (
+                    SELECT FROM (VALUES ((last ->> 'key')::bigint), ((last ->> 'permit')::bigint)) AS needed(key)
+                    WHERE needed.key NOT IN (
+                        SELECT (l.classid::bigint << 32) | l.objid::bigint
+                        FROM pg_catalog.pg_locks AS l
+                        WHERE l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted
+                          AND l.pid = pg_catalog.pg_backend_pid()))
                 THEN 'the lock with key ' || (last ->> 'key') || ' was given back by somebody else while it was held'
             END;
     EXCEPTION WHEN data_exception THEN
         failure := 'dblock.held does not hold what acquire.sql wrote';
     END;
 
-    IF failure IS NULL AND refused_here = refused_nested THEN
+    IF failure IS NULL AND refused_here = refused_nested AND last ->> 'scope' IS DISTINCT FROM 'transaction' THEN
         failure_code := '0A000';
         failure := 'inside a transaction (BEGIN, psql -1, several statements in one command) the lock would be given back'
                    ' before the work is committed; COMMIT first';
@@ -69,8 +75,15 @@ BEGIN
         RAISE EXCEPTION USING MESSAGE = 'dblock: ' || failure, ERRCODE = failure_code;
     END IF;
 
-    PERFORM pg_catalog.pg_advisory_unlock((last ->> 'key')::bigint),
+    IF last ->> 'scope' = 'transaction' THEN
+        PERFORM pg_catalog.set_config('search_path', old_search_path, true);
+        RETURN;
+    END IF;
+    PERFORM CASE WHEN last ->> 'permit' IS NOT NULL THEN pg_catalog.pg_advisory_unlock((last ->> 'permit')::bigint) END,
+            CASE WHEN (last ->> 'shared')::boolean THEN pg_catalog.pg_advisory_unlock_shared((last ->> 'key')::bigint)
+                 ELSE pg_catalog.pg_advisory_unlock((last ->> 'key')::bigint) END,
             pg_catalog.set_config('application_name', last ->> 'before', false),
+            pg_catalog.set_config('dblock.slot', COALESCE(held #>> '{-2,slot}', ''), false),
             pg_catalog.set_config('dblock.held', (held - -1)::pg_catalog.text, false);
 END
 $dblock$;
