@@ -18,6 +18,7 @@ from typing import NamedTuple
 import pymssql
 import pytest
 
+import dblock
 from dblock import label
 from tests.backends import SqlServer
 from tests.doors import Wish, set_session_context
@@ -377,6 +378,31 @@ def test_a_permit_given_back_by_hand(caller: Company) -> None:
     assert one.release() == 51004
     assert "by somebody else" in one.said
     assert caller.holds_nothing(one)
+
+
+def test_python_and_the_script_share_the_permits(caller: Company) -> None:
+    """Whoever of them is inside, the numbers are never the same, and the next one is served by either's release."""
+    url, one, last = caller.mssql.url, caller(), caller()
+    with dblock.lock(url, target="web-01", step="b", slots=2) as first:
+        assert first.slot == 0
+        assert one.ask("slots") == 0
+        assert one.slot == "1"
+        assert last.ask("slots") == 51001
+        last.release()
+        assert last.ask("exclusive") == 51001
+        last.release()
+        with pytest.raises(dblock.LockTimeout), dblock.lock(url, target="web-01", step="b", slots=2, timeout=0):
+            pass
+        waiter = naps(caller, last)
+    assert waiter.join() == 0
+    assert last.slot == "0"
+    assert one.release() == 0
+    with dblock.lock(url, target="web-01", step="b", slots=2, timeout=0) as other:
+        assert other.slot == 1
+    assert last.release() == 0
+    with dblock.lock(url, target="web-01", step="b", shared=True):
+        assert one.ask("shared") == 0
+        assert last.ask() == 51001
 
 
 # --- never twice ------------------------------------------------------------------------------------------------------
