@@ -96,8 +96,6 @@ CASES = [
     Case("slots beside shared", Wish(more={"slots": "2", "shared": "on"}), "bad name or setting", doors=SCRIPTS),
     Case("scope, neither", Wish(more={"scope": "statement"}), "bad name or setting", doors=SCRIPTS),
     Case("slots, too many", Wish(more={"slots": "1000"}), "bad name or setting", doors=SCRIPTS),
-    Case("shared, not yet", Wish(more={"shared": "on"}), "unsafe", doors=(FISQL, PYMSSQL)),
-    Case("slots, not yet", Wish(more={"slots": "2"}), "unsafe", doors=(FISQL, PYMSSQL)),
     Case("transaction, outside of one", Wish(more={"scope": "transaction"}), "unsafe", doors=SCRIPTS),
     # Settings of the session that must neither break a lock nor matter.
     Case("tight settings", Wish(), fields="- web-01 b",

@@ -309,22 +309,61 @@ def test_a_lock_held_twice_is_one_row(tables: Stage) -> None:
 
 def test_the_queue_for_permits_is_counted(stage: Stage) -> None:
     """The head holds the queue, and looks for a permit; one who wants the whole lock waits for it and comes first."""
-    permit = dblock.key("web-01", "permit").value
-    holder = stage.actor(says(tenant="T1")).holds(mode="S").holds(f"dblock:{permit}")
+    holder = stage.actor(says(tenant="T1")).holds(mode="S").holds(permit(0))
     head = stage.actor(says(tenant="T2", waits=True)).holds(f"{LOCK}q")
     second = stage.actor().waits(says(tenant="T3", waits=True), resource=f"{LOCK}q", since=5)
     whole = stage.actor().waits(says(tenant="T4", waits=True), since=1)
     found = stage.see()
     assert [told(e, "tenant", "state", "position", "mode", "blocked_by") for e in found if e.key == KEY] == [
-        ("T1", "held", None, "shared", None),
+        ("T1", "held", None, "slot 0", None),
         ("T4", "waiting", 1, "exclusive", [holder.pid]),
         ("T2", "waiting", 2, "shared", [holder.pid, whole.pid]),
         ("T3", "waiting", 3, "shared", [holder.pid, whole.pid, head.pid]),
     ]
-    assert [told(e, "key", "lock", "pid") for e in found if e.key != KEY] == [
-        (permit, "dblock, names unknown", holder.pid)
+    assert [e.pid for e in found] == [holder.pid, whole.pid, head.pid, second.pid]
+
+
+def permit(number: int, target: str = "web-01", step: str = "b") -> str:
+    preimage = b"\x1f".join(part.encode() for part in (target, step, str(number)))
+    return f"dblock:{int.from_bytes(sha256(preimage).digest()[:8], 'big', signed=True)}"
+
+
+def test_a_lock_and_its_permit_are_one_row(stage: Stage) -> None:
+    numbers = [0, 7, 10, 42, 100, 998]
+    holders = [stage.actor(says(tenant=f"T{n}")).holds(mode="S").holds(permit(n)) for n in numbers]
+    plain = stage.actor(says(tenant="T1")).holds(mode="S")
+    assert sorted(told(e, "pid", "mode", "tenant", "step", "state", "key") for e in stage.see()) == sorted(
+        [(h.pid, f"slot {n}", f"T{n}", "b", "held", KEY) for n, h in zip(numbers, holders, strict=True)]
+        + [(plain.pid, "shared", "T1", "b", "held", KEY)]
+    )
+
+
+def test_a_permit_is_known_by_the_names_that_anybody_proves(stage: Stage) -> None:
+    """A session with several locks carries the label of the last."""
+    other = dblock.key("web-01", "a").value
+    holder = stage.actor(says("web-01", "a", "T1")).holds(mode="S").holds(permit(3)).holds(f"dblock:{other}")
+    waiter = stage.actor().waits(says(tenant="T2", waits=True))
+    assert sorted(told(e, "pid", "mode", "step", "tenant", "key") for e in stage.see()) == sorted(
+        [(holder.pid, "slot 3", "b", None, KEY), (holder.pid, "exclusive", "a", "T1", other),
+         (waiter.pid, "exclusive", "b", "T2", KEY)]
+    )  # fmt: skip
+
+
+def test_what_is_no_permit_of_the_lock_stays_a_lock_of_its_own(stage: Stage) -> None:
+    """Another lock, the permit of another one, a permit without its lock, and one of a lock whose names nobody says."""
+    other = dblock.key("web-01", "a").value
+    holds = [
+        (stage.actor(says()).holds(mode="S"), f"dblock:{other}"),
+        (stage.actor(says()).holds(mode="S"), permit(0, step="a")),
+        (stage.actor(says()), permit(0)),
+        (stage.actor().holds(f"dblock:{dblock.key('t', 's').value}", mode="S"), permit(0, "t", "s")),
     ]
-    assert second.pid in [e.pid for e in found]
+    for actor, resource in holds:
+        actor.holds(resource)
+    found = [told(e, "pid", "mode", "key") for e in stage.see()]
+    for actor, resource in holds:
+        assert (actor.pid, "exclusive", int(resource.partition(":")[2])) in found
+    assert sorted(mode for _, mode, _ in found) == ["exclusive"] * 4 + ["shared"] * 3
 
 
 def test_the_head_that_has_the_lock_in_its_hand_still_waits(stage: Stage) -> None:

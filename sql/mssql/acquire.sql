@@ -7,7 +7,7 @@ target. Nothing is created in the database.
 
 Needs       a login, no other rights. To be told who holds the lock: VIEW SERVER STATE (from 2022 on VIEW SERVER
             PERFORMANCE STATE, in Azure SQL Database VIEW DATABASE STATE).
-            Autocommit: not inside a transaction, nor with IMPLICIT_TRANSACTIONS.
+            Autocommit: not inside a transaction, nor with IMPLICIT_TRANSACTIONS; but see dblock.scope.
             A batch of its own, sent as text: not by sp_executesql, as drivers do it with parameters, nor in a procedure,
             nor between the caller's BEGIN TRY and END TRY, where the session cannot be closed.
 
@@ -18,7 +18,10 @@ Settings    read from the session's context, and cleared by this script whatever
     dblock.timeout                seconds to wait, such as 600 or 0.5; 0: do not wait; absent: without limit
     dblock.database               the database this must be
     dblock.key                    the key this must be, as `dblock key` or key.sql computes it
-    dblock.shared, dblock.slots, dblock.scope    only off, absent and session are supported so far
+    dblock.shared                 on: beside others who say so or have a slot; off or absent: beside nobody
+    dblock.slots                  1 to 999: so many beside each other, each with a number of its own from 0 on. It is left in
+                                  the session's context: CAST(SESSION_CONTEXT(N'dblock.slot') AS int)
+    dblock.scope                  session or absent: until release.sql. transaction: until COMMIT or ROLLBACK
 
             EXEC sp_set_session_context N'dblock.target', N'web-01';
             EXEC sp_set_session_context N'dblock.step', N'b';
@@ -27,9 +30,9 @@ Settings    read from the session's context, and cleared by this script whatever
 Those lines as wishes.sql, then acquire.sql, the step b.sql, and release.sql, all on one connection. Mind the runner's own
 limit for a command, which is 30 seconds in most of them: it must be longer than the wait, best without limit.
 
-sqlcmd          sqlcmd -b -S server -d shared -i wishes.sql,acquire.sql,b.sql,release.sql
-                -t is the limit: leave it out, or -t 0
-Invoke-Sqlcmd   Invoke-Sqlcmd -ServerInstance server -Database shared -AbortOnError -Query ((Get-Content -Raw
+sqlcmd          sqlcmd -b -f 65001 -S server -d shared -i wishes.sql,acquire.sql,b.sql,release.sql
+                -f says that the files are UTF-8; -t is the limit: leave it out, or -t 0
+Invoke-Sqlcmd   Invoke-Sqlcmd -ServerInstance server -Database shared -AbortOnError -Query ((Get-Content -Raw -Encoding UTF8
                     wishes.sql, acquire.sql, b.sql, release.sql) -join "`nGO`n")
                 all in one call; -QueryTimeout is the limit: leave it out, or 65535
 SSMS            the four texts in one window, a line GO between them; Query Options, Execution time-out: 0
@@ -40,11 +43,16 @@ DbUp            four scripts run in this order, always (ScriptType.RunAlways), w
 SqlClient, ODBC, pymssql and others: each text a command of its own, without parameters, on one connection in autocommit;
                 CommandTimeout = 0, and ConnectRetryCount=0 in the connection string
 
+With dblock.scope = transaction: BEGIN TRANSACTION, then acquire.sql, the step, release.sql, which only looks whether the lock
+is held to the end, and COMMIT. After a failure: release.sql, then ROLLBACK. Not under SNAPSHOT isolation, which may go on seeing
+the data as they were before the lock was granted.
+
 If it fails it raises error 50000 (severity 16, state as below), whose message begins with one of these:
     51001   1   not acquired in time; the message says who holds it since when
     51002   2   chosen as the victim of a deadlock
     51003   3   a name or setting is not acceptable
-    51005   5   no lock could be trusted here: a transaction, sp_executesql, a read-only database, another database
+    51005   5   no lock could be trusted here: a transaction, or none for dblock.scope = transaction; sp_executesql; a read-only
+                database; another database
     51006   6   this session holds the lock already
     51007   7   the server refused or cancelled the call
 AND CLOSES THE SESSION (SET NOEXEC ON; Babelfish: SET PARSEONLY ON): every later batch is compiled but not executed, silently,
@@ -55,6 +63,7 @@ What nothing on the server can stop, so that only the runner's stop at the first
     a command timeout, or Cancel in SSMS, cuts this script off in the middle: the session is open, without the lock.
     release.sql then says so, with 51004
     a client that reconnects by itself goes on in a NEW session, which is open, without the lock: ConnectRetryCount=0
+    a step which itself says SET NOEXEC OFF opens the session again: what follows there runs without the lock
 
 The lock lasts until release.sql or the end of the session; a pool (SqlClient: Pooling=false) can keep that after Close(). It
 is a lock of this database, and excludes nobody who works in another one: let all callers agree on dblock.database. Several
@@ -78,14 +87,19 @@ DECLARE
     @dblock_step_type         nvarchar(128),
     @dblock_database_type     nvarchar(128),
 
-    -- The session. dblock.held lists the locks that this script took, the last one first, each as `database key before;`
-    -- with the context_info before it in hexadecimal. dblock.waiting is such an entry too, there only during the wait: one
-    -- that is left was cut off. dblock.failed counts the failures that no release.sql has answered yet.
+    -- The session. dblock.held lists the locks that this script took, the last one first, each as
+    -- `owner database key permit slot before;`: S for the session or T for the transaction; the database's number; the keys of
+    -- the lock and of its permit; dblock.slot and, in hexadecimal, context_info as they were before. What there is not is a -.
+    -- dblock.waiting is such an entry too, there only during the wait: one that is left was cut off. dblock.failed counts the
+    -- failures that no release.sql has answered yet.
     @dblock_held              varchar(8000),
+    @dblock_entry             varchar(8000),
     @dblock_list              varchar(8000),      -- the same with this lock
     @dblock_waiting           varchar(8000),
     @dblock_failed            int,
     @dblock_before            varbinary(128),
+    @dblock_slot_before       varchar(10),
+    @dblock_babelfish         bit = CASE WHEN SERVERPROPERTY('Babelfish') IS NULL THEN 0 ELSE 1 END,
 
     -- Names: one after the other, character by character.
     @dblock_field             int,
@@ -104,18 +118,38 @@ DECLARE
     @dblock_target_hex        varchar(600),
     @dblock_step_hex          varchar(600),
 
-    -- The lock.
+    -- The lock; with slots also its permits, and the queue of those who want one.
     @dblock_sql               nvarchar(4000),
     @dblock_hash              varbinary(32),
     @dblock_key               bigint,
     @dblock_resource          nvarchar(255),
+    @dblock_mode              nvarchar(32) = N'Exclusive',
+    @dblock_owner             nvarchar(32) = N'Session',
+    @dblock_isolation         int,                -- of the transaction; 5 is SNAPSHOT
+    @dblock_queue             nvarchar(255),
+    @dblock_permit            nvarchar(255),
+    @dblock_permits           int = 0,            -- how many there are
+    @dblock_permit_keys       varchar(max) = '',  -- as far as they were needed, 20 characters each
+    @dblock_slot              int,
+    @dblock_slot_said         nvarchar(3),
+
+    -- The wait. What comes next: queue, look (for a permit), nap, lock, permit, held.
+    @dblock_next              nvarchar(10),
+    @dblock_asked_resource    nvarchar(255),
+    @dblock_asked_mode        nvarchar(32),
+    @dblock_asked_owner       nvarchar(32),
+    @dblock_asked_free        int,
     @dblock_seconds           nvarchar(4000),
     @dblock_fraction          nvarchar(4000),
     @dblock_milliseconds      int = -1,           -- without limit
+    @dblock_left              int,
+    @dblock_nap               int = 1,
     @dblock_began             datetime2,
     @dblock_waited            bigint,
     @dblock_result            int,
+    @dblock_told              bit = 0,
     @dblock_asked             bit = 0,
+    @dblock_stuck             int = 0,            -- how many of them could not be given back
     @dblock_granted           bit = 0,
 
     -- The label: its fields percent-encoded, then fitted into what room there is.
@@ -139,9 +173,11 @@ DECLARE
     @dblock_holder            int,
     @dblock_host              nvarchar(128),
     @dblock_holder_label      varbinary(128),
+    @dblock_others            int,
     @dblock_ahead             int,
     @dblock_visible           bit,
     @dblock_bracketed         nvarchar(300),      -- as the resource stands in the description of a lock
+    @dblock_queue_bracketed   nvarchar(300),
     @dblock_said              varchar(128),
     @dblock_word              varchar(128),
     @dblock_said_time         varchar(128),
@@ -173,7 +209,9 @@ BEGIN TRY
         @dblock_held          = ISNULL(CAST(SESSION_CONTEXT(N'dblock.held')     AS varchar(8000)), ''),
         @dblock_waiting       = ISNULL(CAST(SESSION_CONTEXT(N'dblock.waiting')  AS varchar(8000)), ''),
         @dblock_failed        = ISNULL(TRY_CAST(CAST(SESSION_CONTEXT(N'dblock.failed') AS nvarchar(20)) AS int), 0),
-        @dblock_before        = ISNULL(CONTEXT_INFO(), 0x);
+        @dblock_before        = ISNULL(CONTEXT_INFO(), 0x),
+        @dblock_slot_before   = ISNULL(CAST(TRY_CAST(NULLIF(CAST(SESSION_CONTEXT(N'dblock.slot') AS nvarchar(20)), N'')
+                                                     AS smallint) AS varchar(10)), '-');
 
     -- A failure until the lock is held, and taken back then. Where an earlier one is unanswered and there are no wishes, their
     -- batch was skipped: this is an inner lock, which has a release.sql of its own to come. With wishes it is a retry.
@@ -297,7 +335,7 @@ BEGIN TRY
 
     IF @dblock_failure IS NULL
     BEGIN
-        SET @dblock_place = CHARINDEX(N'.', @dblock_timeout + N'.');
+        SET @dblock_place = CHARINDEX(N'.', LEFT(@dblock_timeout, 100) + N'.' COLLATE Latin1_General_BIN2);
         SET @dblock_seconds = LEFT(@dblock_timeout, @dblock_place - 1);
         SET @dblock_fraction = SUBSTRING(@dblock_timeout, @dblock_place, 4000);
         SET @dblock_failure = CASE
@@ -331,17 +369,36 @@ BEGIN TRY
 
     IF @dblock_failure IS NULL
     BEGIN
+        IF @dblock_scope = N'transaction'
+        BEGIN
+            SET @dblock_owner = N'Transaction';
+            IF @@TRANCOUNT > 0                -- or IMPLICIT_TRANSACTIONS would open one here
+                SELECT @dblock_isolation = s.transaction_isolation_level
+                FROM sys.dm_exec_sessions AS s
+                WHERE s.session_id = @@SPID;
+        END;
+        IF @dblock_shared = N'on'
+            SET @dblock_mode = N'Shared';
+        IF DATALENGTH(@dblock_slots) > 0
+            SELECT @dblock_mode = N'Shared', @dblock_permits = CAST(@dblock_slots AS int),
+                   @dblock_queue = @dblock_resource + N'q', @dblock_queue_bracketed = CONCAT(N'[', @dblock_resource, N'q]');
+        SET @dblock_bracketed = CONCAT(N'[', @dblock_resource, N']');
+
         SET @dblock_error = 51005;
         SET @dblock_failure = CASE
-            WHEN @dblock_shared = N'on' OR DATALENGTH(@dblock_slots) > 0 OR @dblock_scope = N'transaction'
-                THEN N'dblock.shared=on, dblock.slots and dblock.scope=transaction are not supported yet'
             WHEN @@NESTLEVEL > 0
                 THEN N'inside sp_executesql, EXECUTE or a procedure a failure could not close the session; send acquire.sql as a'
                    + N' batch of its own, without parameters'
-            WHEN @@TRANCOUNT > 0
+            WHEN @dblock_owner = N'Transaction' AND @@TRANCOUNT = 0
+                THEN N'dblock.scope is transaction, but there is none: the lock would end at once; BEGIN TRANSACTION first'
+            WHEN @dblock_owner = N'Transaction' AND XACT_STATE() <> 1
+                THEN N'this transaction can only be rolled back'
+            WHEN @dblock_owner = N'Transaction' AND ISNULL(@dblock_isolation, 5) = 5
+                THEN N'under SNAPSHOT isolation the step may see the data as they were before the lock was granted; use another'
+            WHEN @dblock_owner = N'Session' AND @@TRANCOUNT > 0
                 THEN N'inside a transaction the lock would be given back before the work is committed; send acquire.sql, the'
-                   + N' step and release.sql in autocommit'
-            WHEN @@OPTIONS & 2 = 2
+                   + N' step and release.sql in autocommit, or set dblock.scope to transaction'
+            WHEN @dblock_owner = N'Session' AND @@OPTIONS & 2 = 2
                 THEN N'with IMPLICIT_TRANSACTIONS the lock would be given back before the work is committed; use autocommit'
             WHEN @dblock_waiting <> ''
                 THEN N'the acquire.sql before this one was cut off in the middle (a command timeout, a cancel), and may have'
@@ -360,14 +417,40 @@ BEGIN TRY
 
     IF @dblock_failure IS NULL
     BEGIN
+        -- A transaction that has ended has taken its locks with it. Their entries are the first ones, since inside a transaction
+        -- only it takes locks; what was before them was before this lock.
+        WHILE @dblock_failure IS NULL
+        BEGIN
+            SET @dblock_entry = LEFT(@dblock_held, CHARINDEX(';', @dblock_held));
+            IF @dblock_entry COLLATE Latin1_General_BIN2 NOT LIKE 'T [0-9]% %[0-9] [-0-9]% [-0-9]% %;'
+               OR @dblock_entry COLLATE Latin1_General_BIN2 LIKE 'T%[^-0-9A-F ;]%'
+                BREAK;
+            SET @dblock_place = CHARINDEX(' ', @dblock_entry, 3);
+            SET @dblock_asked_resource = CONCAT(N'dblock:', SUBSTRING(
+                @dblock_entry, @dblock_place + 1, CHARINDEX(' ', @dblock_entry, @dblock_place + 1) - @dblock_place - 1));
+            IF @@TRANCOUNT > 0
+               AND (SUBSTRING(@dblock_entry, 3, @dblock_place - 3) <> CAST(DB_ID() AS varchar(11))
+                    OR CASE WHEN @@TRANCOUNT > 0 THEN APPLOCK_MODE('public', @dblock_asked_resource, 'Transaction') END
+                       <> N'NoLock')
+                BREAK;
+            -- The last two of six fields.
+            SET @dblock_place = LEN(@dblock_entry) - CHARINDEX(' ', REVERSE(@dblock_entry)) + 1;
+            SET @dblock_sql = CONCAT(N'SET @before = 0x', REPLACE(SUBSTRING(@dblock_entry, @dblock_place + 1, 257), ';', ''));
+            EXEC sys.sp_executesql @dblock_sql, N'@before varbinary(128) OUTPUT', @before = @dblock_before OUTPUT;
+            SET @dblock_entry = LEFT(@dblock_entry, @dblock_place - 1);
+            SET @dblock_slot_before = RIGHT(@dblock_entry, CHARINDEX(' ', REVERSE(@dblock_entry)) - 1);
+            SET @dblock_held = SUBSTRING(@dblock_held, CHARINDEX(';', @dblock_held) + 1, 8000);
+        END;
+
         SET @dblock_error = 51006;
         IF ISNULL(APPLOCK_MODE('public', @dblock_resource, 'Session'), N'') <> N'NoLock'
+           OR CASE WHEN @@TRANCOUNT > 0 THEN ISNULL(APPLOCK_MODE('public', @dblock_resource, 'Transaction'), N'')
+                   ELSE N'NoLock' END <> N'NoLock'
             SET @dblock_failure = CONCAT(N'this session (', @@SPID, N') holds this lock already; a lock is never taken twice');
     END;
 
     IF @dblock_failure IS NULL
     BEGIN
-        -- 0 would be no wait at all. Babelfish takes that for an error; one millisecond is the same everywhere.
         IF DATALENGTH(@dblock_timeout) > 0
             SET @dblock_milliseconds = CAST(CAST(@dblock_timeout AS decimal(10, 3)) * 1000 AS int);
         IF @dblock_milliseconds = 0
@@ -406,7 +489,7 @@ BEGIN TRY
             SET @dblock_time_width = @dblock_time_width + 1;
         END;
 
-        -- The entry for dblock.held.
+        -- For the entry in dblock.held.
         SELECT @dblock_hex = '', @dblock_place = 1;
         WHILE @dblock_place <= DATALENGTH(@dblock_before)
         BEGIN
@@ -415,56 +498,124 @@ BEGIN TRY
                                           + SUBSTRING('0123456789ABCDEF', @dblock_byte % 16 + 1, 1);
             SET @dblock_place = @dblock_place + 1;
         END;
-        SET @dblock_waiting = CONCAT(DB_ID(), ' ', @dblock_key, ' ', @dblock_hex, ';');
-        SET @dblock_list = @dblock_waiting + @dblock_held;
-
-        SET @dblock_bracketed = CONCAT(N'[', @dblock_resource, N']');
+        SET @dblock_next = CASE WHEN @dblock_permits > 0 THEN N'queue' ELSE N'lock' END;
         SET @dblock_began = SYSUTCDATETIME();
     END;
 
     -- Take, or wait ----------------------------------------------------------------------------------------------------
+    -- Exclusive or shared: the lock, in one wait. With slots: the queue, in one wait; then looks until a permit is free, naps
+    -- between them, then the lock, shared, and the permit. Only who holds the queue takes permits, so what a look has found
+    -- free stays free, unless somebody else than dblock takes it: then the lock goes back, and the next look comes.
 
-    WHILE @dblock_failure IS NULL AND @dblock_granted = 0
+    WHILE @dblock_failure IS NULL AND @dblock_next <> N'held'
     BEGIN
-        -- Who is in the way: for a notice before the wait, and for the error after it.
-        IF @dblock_result = -1
-           OR @dblock_milliseconds <> 1 AND APPLOCK_TEST('public', @dblock_resource, 'Exclusive', 'Session') = 0
+        SET @dblock_waited = DATEDIFF_BIG(millisecond, @dblock_began, SYSUTCDATETIME());
+        SET @dblock_left = CASE WHEN @dblock_milliseconds = -1                    THEN -1
+                                WHEN @dblock_waited < @dblock_milliseconds THEN @dblock_milliseconds - @dblock_waited
+                                ELSE 0 END;
+
+        IF @dblock_next = N'look'
         BEGIN
-            SELECT @dblock_waited = DATEDIFF_BIG(millisecond, @dblock_began, SYSUTCDATETIME()),
-                   @dblock_holder = NULL, @dblock_host = NULL, @dblock_holder_label = NULL, @dblock_ahead = 0,
-                   @dblock_visible = 0;
+            SELECT @dblock_slot = 0, @dblock_next = N'nap';
+            WHILE @dblock_slot < @dblock_permits AND @dblock_next = N'nap'
+            BEGIN
+                IF DATALENGTH(@dblock_permit_keys) <= @dblock_slot * 20
+                BEGIN
+                    -- The number's digits, each as its byte in hexadecimal: 42 is 3432.
+                    SET @dblock_sql = CONCAT(
+                        N'SET @hash = HASHBYTES(''SHA2_256'', 0x', @dblock_target_hex, N'1F', @dblock_step_hex, N'1F',
+                        CASE WHEN @dblock_slot < 10  THEN 30 + @dblock_slot
+                             WHEN @dblock_slot < 100 THEN 3030 + @dblock_slot / 10 * 100 + @dblock_slot % 10
+                             ELSE 303030 + @dblock_slot / 100 * 10000 + @dblock_slot / 10 % 10 * 100 + @dblock_slot % 10 END,
+                        N')');
+                    EXEC sys.sp_executesql @dblock_sql, N'@hash varbinary(32) OUTPUT', @hash = @dblock_hash OUTPUT;
+                    SET @dblock_permit_keys = @dblock_permit_keys
+                        + LEFT(CONCAT(CAST(SUBSTRING(@dblock_hash, 1, 8) AS bigint), SPACE(20)), 20);
+                END;
+                SET @dblock_permit = CONCAT(N'dblock:', RTRIM(SUBSTRING(@dblock_permit_keys, @dblock_slot * 20 + 1, 20)));
+
+                IF APPLOCK_TEST('public', @dblock_permit, 'Exclusive', @dblock_owner) = 1
+                   AND APPLOCK_MODE('public', @dblock_permit, @dblock_owner) = N'NoLock'
+                    SET @dblock_next = N'lock';
+                ELSE
+                BEGIN
+                    SELECT @dblock_slot = @dblock_slot + 1, @dblock_permit = NULL;
+                    -- Babelfish keeps the error of each test that fails, and has room for four.
+                    IF @dblock_babelfish = 1
+                    BEGIN
+                        BEGIN TRY RAISERROR (N'forget', 16, 1); END TRY
+                        BEGIN CATCH SET @dblock_result = NULL; END CATCH;
+                    END;
+                END;
+            END;
+        END;
+        IF @dblock_next = N'nap' AND @dblock_left = 0
+            SET @dblock_result = -1;
+
+        SELECT
+            @dblock_asked_resource = CASE @dblock_next WHEN N'queue' THEN @dblock_queue WHEN N'permit' THEN @dblock_permit
+                                                       ELSE @dblock_resource END,
+            @dblock_asked_mode     = CASE @dblock_next WHEN N'lock' THEN @dblock_mode ELSE N'Exclusive' END,
+            @dblock_asked_owner    = CASE @dblock_next WHEN N'queue' THEN N'Session' ELSE @dblock_owner END;
+        SET @dblock_asked_free = CASE
+            WHEN @dblock_milliseconds = 1 OR @dblock_told = 1 OR @dblock_next = N'permit' THEN 1
+            WHEN @dblock_next = N'nap' THEN 0
+            ELSE APPLOCK_TEST('public', @dblock_asked_resource, @dblock_asked_mode, @dblock_asked_owner) END;
+
+        -- Who is in the way: for a notice before the wait, and for the error after it.
+        IF @dblock_result = -1 OR @dblock_asked_free = 0
+        BEGIN
+            SELECT @dblock_holder = NULL, @dblock_host = NULL, @dblock_holder_label = NULL, @dblock_others = 0,
+                   @dblock_ahead = 0, @dblock_visible = 0, @dblock_told = 1;
             BEGIN TRY
-                -- In a text of its own, since only so the refusal of a right is caught. Those ahead have waited longer. What a
-                -- session set in a batch that still runs is seen in its request only. (Babelfish has no such views.)
+                -- In a text of its own, since only so the refusal of a right is caught. Those ahead have waited longer; who holds
+                -- the queue for permits is ahead of all in it. What a session set in a batch that still runs is seen in its
+                -- request only. (Babelfish has no such views.)
+                -- Inside a transaction a refusal, though caught, may leave it fit for nothing but a ROLLBACK: ask first.
                 IF OBJECT_ID(N'sys.dm_tran_locks') IS NOT NULL
+                   AND (@@TRANCOUNT = 0
+                        OR CAST(SERVERPROPERTY('EngineEdition') AS int) <> 5
+                           AND 1 IN (HAS_PERMS_BY_NAME(NULL, NULL, N'VIEW SERVER STATE'),
+                                     HAS_PERMS_BY_NAME(NULL, NULL, N'VIEW SERVER PERFORMANCE STATE'))
+                        OR CAST(SERVERPROPERTY('EngineEdition') AS int) = 5
+                           AND HAS_PERMS_BY_NAME(QUOTENAME(DB_NAME()), N'DATABASE', N'VIEW DATABASE STATE') = 1)
                 BEGIN
                     EXEC sys.sp_executesql N'
                         SELECT TOP (1)
-                            @holder = l.request_session_id,
+                            @holder = h.session_id,
+                            @others = h.others,
                             @host   = s.host_name,
                             @label  = ISNULL(r.context_info, s.context_info)
-                        FROM sys.dm_tran_locks AS l
-                        LEFT JOIN sys.dm_exec_sessions AS s ON s.session_id = l.request_session_id
-                        LEFT JOIN sys.dm_exec_requests AS r ON r.session_id = l.request_session_id
-                        WHERE l.resource_type = N''APPLICATION''
-                          AND l.resource_database_id = DB_ID()
-                          AND CHARINDEX(@bracketed, l.resource_description COLLATE Latin1_General_BIN2) > 0
-                          AND l.request_status = N''GRANT'';
+                        FROM (SELECT l.request_session_id AS session_id, COUNT(*) OVER () - 1 AS others
+                              FROM sys.dm_tran_locks AS l
+                              WHERE l.resource_type = N''APPLICATION''
+                                AND l.resource_database_id = DB_ID()
+                                AND CHARINDEX(@bracketed, l.resource_description COLLATE Latin1_General_BIN2) > 0
+                                AND l.request_status LIKE N''GRANT%''
+                              GROUP BY l.request_session_id) AS h
+                        LEFT JOIN sys.dm_exec_sessions AS s ON s.session_id = h.session_id
+                        LEFT JOIN sys.dm_exec_requests AS r ON r.session_id = h.session_id;
 
                         SELECT @ahead = COUNT(DISTINCT l.request_session_id)
                         FROM sys.dm_tran_locks AS l
-                        JOIN sys.dm_os_waiting_tasks AS t
+                        LEFT JOIN sys.dm_os_waiting_tasks AS t
                           ON t.resource_address = l.lock_owner_address AND t.session_id = l.request_session_id
                         WHERE l.resource_type = N''APPLICATION''
                           AND l.resource_database_id = DB_ID()
-                          AND CHARINDEX(@bracketed, l.resource_description COLLATE Latin1_General_BIN2) > 0
-                          AND l.request_status <> N''GRANT''
-                          AND t.wait_duration_ms > @waited;',
-                        N'@bracketed nvarchar(300), @waited bigint, @holder int OUTPUT, @host nvarchar(128) OUTPUT,
-                          @label varbinary(128) OUTPUT, @ahead int OUTPUT',
+                          AND l.request_session_id <> @@SPID
+                          AND (l.request_status NOT LIKE N''GRANT%''
+                               AND t.wait_duration_ms > @waited
+                               AND (CHARINDEX(@bracketed, l.resource_description COLLATE Latin1_General_BIN2) > 0
+                                    OR CHARINDEX(@queue, l.resource_description COLLATE Latin1_General_BIN2) > 0)
+                               OR l.request_status LIKE N''GRANT%''
+                               AND CHARINDEX(@queue, l.resource_description COLLATE Latin1_General_BIN2) > 0);',
+                        N'@bracketed nvarchar(300), @queue nvarchar(300), @waited bigint, @holder int OUTPUT,
+                          @others int OUTPUT, @host nvarchar(128) OUTPUT, @label varbinary(128) OUTPUT, @ahead int OUTPUT',
                         @bracketed = @dblock_bracketed,
+                        @queue     = @dblock_queue_bracketed,
                         @waited    = @dblock_waited,
                         @holder    = @dblock_holder       OUTPUT,
+                        @others    = @dblock_others       OUTPUT,
                         @host      = @dblock_host         OUTPUT,
                         @label     = @dblock_holder_label OUTPUT,
                         @ahead     = @dblock_ahead        OUTPUT;
@@ -528,10 +679,15 @@ BEGIN TRY
                         CASE WHEN @dblock_since IS NOT NULL AND @dblock_said_tenant <> '-'
                              THEN CONCAT(N'held by tenant ', @dblock_said_tenant)
                              ELSE N'held by a session' END,
-                        N' (session ', @dblock_holder, N', host ' + NULLIF(@dblock_host, N''), N')',
-                        N' since ' + CASE WHEN CAST(@dblock_since AS date) = CAST(SYSDATETIME() AS date)
-                                          THEN SUBSTRING(CONVERT(nvarchar(19), @dblock_since, 120), 12, 8)
-                                          ELSE CONVERT(nvarchar(19), @dblock_since, 120) END) END,
+                        N' (session ', @dblock_holder,
+                        CASE WHEN @dblock_host <> N'' THEN CONCAT(N', host ', @dblock_host) END, N')',
+                        CASE WHEN CAST(@dblock_since AS date) = CAST(SYSDATETIME() AS date)
+                             THEN CONCAT(N' since ', SUBSTRING(CONVERT(nvarchar(19), @dblock_since, 120), 12, 8))
+                             WHEN @dblock_since IS NOT NULL
+                             THEN CONCAT(N' since ', CONVERT(nvarchar(19), @dblock_since, 120)) END,
+                        CASE WHEN @dblock_others > 0
+                             THEN CONCAT(N' and ', @dblock_others, CASE @dblock_others WHEN 1 THEN N' other' ELSE N' others' END)
+                             END) END,
                 CASE WHEN @dblock_ahead > 0 THEN CONCAT(N'; ', @dblock_ahead, N' ahead') END);
 
             IF @dblock_result = -1
@@ -544,24 +700,56 @@ BEGIN TRY
                 RAISERROR (N'dblock: waiting for %s@%s: %s', 10, 1, @dblock_step, @dblock_target, @dblock_obstacle) WITH NOWAIT;
         END;
 
-        IF @dblock_failure IS NULL
+        IF @dblock_failure IS NULL AND @dblock_next = N'nap'
+        BEGIN
+            -- From a millisecond on, growing to 20. A WAITFOR that Babelfish must read would fail there.
+            SET @dblock_sql = RIGHT(CONCAT(N'0.0', RIGHT(CONCAT(N'0', @dblock_nap), 2)), 5);
+            SET @dblock_sql = CASE @dblock_babelfish
+                WHEN 1 THEN CONCAT(N'DECLARE @i int; SELECT @i = 1 FROM pg_catalog.pg_sleep(', @dblock_sql, N') AS p')
+                ELSE CONCAT(N'WAITFOR DELAY ''00:00:0', @dblock_sql, N'''') END;
+            EXECUTE (@dblock_sql);
+            SELECT @dblock_next = N'look',
+                   @dblock_nap = CASE WHEN @dblock_nap < 14 THEN @dblock_nap * 14 / 10 + 1 ELSE 20 END;
+        END;
+        ELSE IF @dblock_failure IS NULL
         BEGIN
             SET @dblock_label = CAST(CONCAT('dblock1 w', DATEDIFF_BIG(second, '19700101', @dblock_began),
                                             @dblock_waiting_fields) AS varbinary(128));
             SET CONTEXT_INFO @dblock_label;
+            SET @dblock_waiting = CONCAT(LEFT(@dblock_owner, 1), ' ', DB_ID(), ' ', @dblock_key, ' ',
+                                         ISNULL(SUBSTRING(@dblock_permit, 8, 20), N'-'), ' ', @dblock_slot_before, ' ',
+                                         @dblock_hex, ';');
             EXEC sys.sp_set_session_context N'dblock.waiting', @dblock_waiting;
 
+            -- 0 would be no wait at all. Babelfish takes that for an error; one millisecond is the same everywhere. Who does not
+            -- want to wait at all waits for the queue while another one takes a free permit, which is soon done.
+            SET @dblock_left = CASE
+                WHEN @dblock_next = N'permit' OR @dblock_left = 0          THEN 1
+                WHEN @dblock_next = N'queue' AND @dblock_milliseconds = 1 THEN 100
+                ELSE @dblock_left END;
             SELECT @dblock_asked = 1, @dblock_result = NULL;
             EXEC @dblock_result = sys.sp_getapplock
-                @Resource    = @dblock_resource,
-                @LockMode    = N'Exclusive',
-                @LockOwner   = N'Session',
-                @LockTimeout = @dblock_milliseconds,
+                @Resource    = @dblock_asked_resource,
+                @LockMode    = @dblock_asked_mode,
+                @LockOwner   = @dblock_asked_owner,
+                @LockTimeout = @dblock_left,
                 @DbPrincipal = N'public';
 
             -- Only what the session then has is a grant.
-            IF @dblock_result >= 0 AND APPLOCK_MODE('public', @dblock_resource, 'Session') = N'Exclusive'
-                SET @dblock_granted = 1;
+            IF @dblock_result >= 0
+               AND APPLOCK_MODE('public', @dblock_asked_resource, @dblock_asked_owner) = @dblock_asked_mode
+                SET @dblock_next = CASE WHEN @dblock_next = N'queue'                          THEN N'look'
+                                        WHEN @dblock_next = N'lock' AND @dblock_permits > 0 THEN N'permit'
+                                        ELSE N'held' END;
+            ELSE IF @dblock_result = -1 AND @dblock_next = N'permit'
+            BEGIN
+                SELECT @dblock_next = N'nap', @dblock_permit = NULL;
+                EXEC @dblock_result = sys.sp_releaseapplock
+                    @Resource = @dblock_resource, @LockOwner = @dblock_owner, @DbPrincipal = N'public';
+                IF ISNULL(@dblock_result, -999) < 0
+                    SELECT @dblock_error = 51007,
+                           @dblock_failure = CONCAT(@dblock_resource, N': sp_releaseapplock returned ', @dblock_result);
+            END;
             ELSE IF ISNULL(@dblock_result, -999) <> -1
                 SELECT @dblock_error = CASE @dblock_result WHEN -3 THEN 51002 ELSE 51007 END,
                        @dblock_failure = CONCAT(@dblock_step, N'@', @dblock_target, N' not acquired: ', CASE
@@ -573,15 +761,31 @@ BEGIN TRY
         END;
     END;
 
-    IF @dblock_granted = 1
+    IF @dblock_failure IS NULL AND @dblock_owner = N'Transaction' AND XACT_STATE() <> 1
+        SELECT @dblock_error = 51007,
+               @dblock_failure = N'an error during the wait has left this transaction fit for nothing but a ROLLBACK';
+
+    IF @dblock_failure IS NULL AND @dblock_permits > 0
+    BEGIN
+        SELECT @dblock_result = NULL, @dblock_slot_said = @dblock_slot;
+        EXEC @dblock_result = sys.sp_releaseapplock
+            @Resource = @dblock_queue, @LockOwner = N'Session', @DbPrincipal = N'public';
+        IF ISNULL(@dblock_result, -999) < 0
+            SELECT @dblock_error = 51007,
+                   @dblock_failure = CONCAT(@dblock_queue, N': sp_releaseapplock returned ', @dblock_result);
+    END;
+
+    IF @dblock_failure IS NULL
     BEGIN
         SET @dblock_label = CAST(CONCAT('dblock1 ', DATEDIFF_BIG(second, '19700101', SYSUTCDATETIME()),
                                         @dblock_holding_fields) AS varbinary(128));
         SET CONTEXT_INFO @dblock_label;
+        SET @dblock_list = @dblock_waiting + @dblock_held;
         EXEC sys.sp_set_session_context N'dblock.held', @dblock_list;
-        EXEC sys.sp_set_session_context N'dblock.slot', NULL;
+        EXEC sys.sp_set_session_context N'dblock.slot', @dblock_slot_said;
         EXEC sys.sp_set_session_context N'dblock.waiting', NULL;
         EXEC sys.sp_set_session_context N'dblock.failed', NULL;
+        SET @dblock_granted = 1;
     END;
 END TRY
 BEGIN CATCH
@@ -593,20 +797,50 @@ END CATCH;
 IF @dblock_granted = 0 OR @dblock_failure IS NOT NULL
 BEGIN
     IF @dblock_asked = 1
-    BEGIN TRY
-        -- An error does not prove that nothing was taken.
-        IF APPLOCK_MODE('public', @dblock_resource, 'Session') <> N'NoLock'
-            EXEC sys.sp_releaseapplock @Resource = @dblock_resource, @LockOwner = N'Session', @DbPrincipal = N'public';
-        SET CONTEXT_INFO @dblock_before;
-        EXEC sys.sp_set_session_context N'dblock.held', @dblock_held;
-        EXEC sys.sp_set_session_context N'dblock.waiting', NULL;
-    END TRY
-    BEGIN CATCH
-        SET @dblock_failure = CONCAT(@dblock_failure, N'; and then: ', ERROR_MESSAGE());
-    END CATCH;
+    BEGIN
+        -- An error does not prove that nothing was taken. What cannot be given back stays in dblock.waiting, for release.sql.
+        SET @dblock_place = 1;
+        WHILE @dblock_place <= 3
+        BEGIN
+            SELECT
+                @dblock_asked_resource = CASE @dblock_place WHEN 1 THEN @dblock_permit WHEN 2 THEN @dblock_resource
+                                                            ELSE @dblock_queue END,
+                @dblock_asked_owner    = CASE @dblock_place WHEN 3 THEN N'Session' ELSE @dblock_owner END,
+                @dblock_result         = 0;
+            BEGIN TRY
+                IF @dblock_asked_resource IS NOT NULL AND (@dblock_asked_owner = N'Session' OR @@TRANCOUNT > 0)
+                BEGIN
+                    IF APPLOCK_MODE('public', @dblock_asked_resource, @dblock_asked_owner) <> N'NoLock'
+                        EXEC @dblock_result = sys.sp_releaseapplock
+                            @Resource = @dblock_asked_resource, @LockOwner = @dblock_asked_owner, @DbPrincipal = N'public';
+                END;
+                IF ISNULL(@dblock_result, -999) < 0
+                    SELECT @dblock_stuck = @dblock_stuck + 1,
+                           @dblock_failure = CONCAT(@dblock_failure, N'; and then: ', @dblock_asked_resource,
+                                                    N' could not be given back (', @dblock_result, N')');
+            END TRY
+            BEGIN CATCH
+                SELECT @dblock_stuck = @dblock_stuck + 1,
+                       @dblock_failure = CONCAT(@dblock_failure, N'; and then: ', ERROR_MESSAGE());
+            END CATCH;
+            SET @dblock_place = @dblock_place + 1;
+        END;
+
+        BEGIN TRY
+            SET CONTEXT_INFO @dblock_before;
+            EXEC sys.sp_set_session_context N'dblock.held', @dblock_held;
+            SET @dblock_slot_said = NULLIF(@dblock_slot_before, '-');
+            EXEC sys.sp_set_session_context N'dblock.slot', @dblock_slot_said;
+            IF @dblock_stuck = 0
+                EXEC sys.sp_set_session_context N'dblock.waiting', NULL;
+        END TRY
+        BEGIN CATCH
+            SET @dblock_failure = CONCAT(@dblock_failure, N'; and then: ', ERROR_MESSAGE());
+        END CATCH;
+    END;
 
     -- NOEXEC last, since nothing runs after it. Babelfish knows PARSEONLY only, in a text of its own, from the next batch on.
-    IF SERVERPROPERTY('Babelfish') IS NOT NULL
+    IF @dblock_babelfish = 1
         EXECUTE (N'SET PARSEONLY ON');
     SELECT @dblock_failure = ISNULL(@dblock_failure, N'not acquired'), @dblock_error = ISNULL(@dblock_error, 51007);
     SET @dblock_state = @dblock_error - 51000;

@@ -1,15 +1,15 @@
 /*
 dblock force_release, for SQL Server 2016 to 2025, Azure SQL Database and Managed Instance
 
-Shows who holds one lock; and, told which of them, ends that session, only if it still holds that lock. The server then gives
-back all that the session held and hands the lock on. What the session was doing is rolled back or stays half done: look
-first whether it is really gone or stuck (inspect.sql shows who it is).
+Shows who holds one lock, several sessions if it is shared or has slots; and, told which of them, ends that one, only if it
+still holds that lock. The server then gives back all that the session held, its slot too, and hands the lock on. What the
+session was doing is rolled back or stays half done: look first whether it is really gone or stuck (inspect.sql shows who it is).
 
 Needs       to look: VIEW SERVER STATE; from SQL Server 2022 VIEW SERVER PERFORMANCE STATE; in Azure SQL Database VIEW DATABASE
             STATE (see inspect.sql). Without it the server answers with errors 300 and 297, and nothing is done.
             To end: ALTER ANY CONNECTION, which members of processadmin and sysadmin have; in Azure SQL Database KILL DATABASE
             CONNECTION, which the server's admin has. And not inside a transaction, where the server refuses KILL: a driver
-            that is not in autocommit has opened one.
+            that is not in autocommit has opened one, and under IMPLICIT_TRANSACTIONS this script itself does; SET it OFF.
             One batch. Nothing is created. A readable secondary's locks are its own.
 
 Settings    read from the session context
@@ -17,7 +17,7 @@ Settings    read from the session context
     dblock.key                    or its number; with both they must agree
     dblock.confirm                the session_id of the holder to end. Absent: only look. It is cleared by this script
 
-sqlcmd      sqlcmd -d shared -W -i web-01-b.sql -i force_release.sql
+sqlcmd      sqlcmd -f 65001 -d shared -W -i web-01-b.sql,force_release.sql
             where web-01-b.sql, of your own, sets the names:
                 EXEC sp_set_session_context N'dblock.target', N'web-01';
                 EXEC sp_set_session_context N'dblock.step', N'b';
@@ -48,9 +48,9 @@ DECLARE @target  nvarchar(4000) = ISNULL(CAST(SESSION_CONTEXT(N'dblock.target') 
         @target_type nvarchar(128) = CAST(SQL_VARIANT_PROPERTY(SESSION_CONTEXT(N'dblock.target'), 'BaseType') AS nvarchar(128)),
         @step_type   nvarchar(128) = CAST(SQL_VARIANT_PROPERTY(SESSION_CONTEXT(N'dblock.step'),   'BaseType') AS nvarchar(128));
 
--- Read above, cleared here: it must not hit another session in a later run.
+-- Read above, cleared here: it must not hit another session in a later run. A read-only one cannot be cleared.
 EXEC sys.sp_set_session_context N'dblock.confirm', NULL;
-IF @@ERROR <> 0
+IF SESSION_CONTEXT(N'dblock.confirm') IS NOT NULL
 BEGIN
     IF @counting = 1 SET NOCOUNT OFF;
     RETURN;
@@ -58,13 +58,16 @@ END;
 
 
 -- The key of the names: their UTF-8, a 0x1F between them. They are not judged as acquire.sql judges them: names that it refuses
--- have a key that nobody holds.
+-- have a key that nobody holds. But in one that is not nvarchar the server may have changed letters.
 
 DECLARE @names nvarchar(max) = CAST(@target AS nvarchar(max)) + NCHAR(31) + @step,
         @by_names int = CASE WHEN DATALENGTH(@target) > 0 OR DATALENGTH(@step) > 0 THEN 1 ELSE 0 END,
         @both_names int = CASE WHEN DATALENGTH(@target) > 0 AND DATALENGTH(@step) > 0 THEN 1 ELSE 0 END,
         @at int = 1, @code int, @half int, @byte int, @to_come int,
         @hex varchar(max) = '', @statement nvarchar(max), @hash varbinary(32), @key_of_names bigint;
+
+IF @target_type COLLATE Latin1_General_BIN2 <> N'nvarchar' OR @step_type COLLATE Latin1_General_BIN2 <> N'nvarchar'
+    SET @both_names = 0;
 
 WHILE @both_names = 1 AND DATALENGTH(SUBSTRING(@names COLLATE Latin1_General_BIN2, @at, 1)) > 0
 BEGIN
@@ -73,8 +76,6 @@ BEGIN
     SET @at = @at + 1;
     IF @code BETWEEN 55296 AND 56319 AND @half BETWEEN 56320 AND 57343
         SELECT @code = (@code - 55296) * 1024 + @half - 56320 + 65536, @at = @at + 1;
-    IF @code > 127 AND (@target_type <> N'nvarchar' OR @step_type <> N'nvarchar')
-        SET @both_names = 0;
 
     SET @to_come = CASE WHEN @code < 128 THEN 0 WHEN @code < 2048 THEN 1 WHEN @code < 65536 THEN 2 ELSE 3 END;
     SET @byte = CASE @to_come WHEN 0 THEN @code
@@ -116,8 +117,8 @@ SET @refused = CASE
     WHEN DATALENGTH(@key) > 0 AND @key_of_number IS NULL
         THEN N'refused: dblock.key is no key'
     WHEN @by_names = 1 AND @key_of_names IS NULL
-        THEN N'refused: dblock.target and dblock.step must both be set; and names beyond ASCII must be nvarchar, as N''...'' is'
-    WHEN @key_of_names <> @key_of_number
+        THEN N'refused: dblock.target and dblock.step must both be set, as nvarchar: N''...'''
+    WHEN @key_of_names IS NOT NULL AND @key_of_number IS NOT NULL AND @key_of_names <> @key_of_number
         THEN N'refused: dblock.target and dblock.step have the key ' + CAST(@key_of_names AS nvarchar(20))
              + N', dblock.key is another'
     WHEN DATALENGTH(@confirm) > 0
@@ -226,7 +227,7 @@ END;
 -- The answer.
 
 DECLARE @permitted int = CASE WHEN CAST(SERVERPROPERTY('EngineEdition') AS int) = 5
-                              THEN HAS_PERMS_BY_NAME(DB_NAME(), N'DATABASE', N'KILL DATABASE CONNECTION')
+                              THEN HAS_PERMS_BY_NAME(QUOTENAME(DB_NAME()), N'DATABASE', N'KILL DATABASE CONNECTION')
                               ELSE HAS_PERMS_BY_NAME(NULL, NULL, N'ALTER ANY CONNECTION') END;
 
 SELECT CASE
@@ -242,7 +243,8 @@ SELECT CASE
            WHEN DATALENGTH(@confirm) > 0 AND NOT EXISTS (SELECT 1 FROM @holders AS c WHERE c.confirmed = 1)
                THEN N'nothing was ended: pid ' + @confirm + N' does not hold this lock, this session does'
            WHEN h.session = @@SPID
-               THEN N'nothing was ended: your own session holds it; release.sql gives it back, or EXEC sp_releaseapplock '
+               THEN N'nothing was ended: your own session holds it; release.sql gives it back, where it is a transaction''s '
+                    + N'COMMIT or ROLLBACK, or EXEC sp_releaseapplock '
                     + N'@Resource = N''dblock:' + CAST(@lock_key AS nvarchar(20)) + N''', @LockOwner = N''Session'', '
                     + N'@DbPrincipal = N''public'''
            WHEN h.confirmed = 0 AND @permitted = 0 OR h.confirmed = 1 AND @failure = 6102
@@ -255,8 +257,8 @@ SELECT CASE
            WHEN @failure IS NOT NULL
                THEN N'nothing was ended: ' + @message
            WHEN @@TRANCOUNT > 0
-               THEN N'nothing was ended: the server refuses KILL inside a transaction; COMMIT or ROLLBACK, set dblock.confirm '
-                    + N'and run this again'
+               THEN N'nothing was ended: the server refuses KILL inside a transaction; COMMIT or ROLLBACK, SET '
+                    + N'IMPLICIT_TRANSACTIONS OFF, set dblock.confirm and run this again'
            WHEN @gone = 1
                THEN N'ended: the server has given back all that the session held'
            ELSE N'told to end, but not gone after 5 s: run this again without dblock.confirm to see whether it still holds'

@@ -9,7 +9,8 @@ Needs       SQL Server to 2019, Managed Instance    VIEW SERVER STATE
             SQL Server 2022 and later               VIEW SERVER PERFORMANCE STATE
             Azure SQL Database                      VIEW DATABASE STATE; in Basic, S0, S1 and elastic pools the server's
                                                     admin, or a member of ##MS_ServerStateReader##
-            Without it the server answers with errors 300 and 297, and nothing is shown. GRANT ... TO [login], in master.
+            Without it the server answers with errors 300 and 297, and nothing is shown. GRANT ... TO [login], in master; in
+            Azure SQL Database GRANT VIEW DATABASE STATE TO [user], in this one.
             Only reads, also on a readable secondary, whose locks are its own. Nothing is created. One batch.
 
 sqlcmd      sqlcmd -d shared -W -i inspect.sql
@@ -28,11 +29,12 @@ Columns, those of PostgreSQL's inspect.sql
     pid             the session_id; none: a distributed transaction which has lost its session
     host, user      host_name and login_name
     to_free         of a holder: the statement that ends it, and gives back ALL that its session holds
-    mode            exclusive or shared; of somebody else's lock also another mode, in the server's letters
+    mode            exclusive or shared; or the permit of a lock with slots: slot 0, slot 1, ...; of somebody else's lock also
+                    another mode, in the server's letters
     key             the lock's number, as `dblock key` and key.sql compute it
     lock            dblock; or somebody else's application lock: who may take it (0 is public), the name's first 32
-                    characters, a hash. A permit of a lock with slots is a lock of its own, its names unknown. The queue for
-                    permits is not shown but counted, as position
+                    characters, a hash. A permit whose lock has unknown or shortened names is shown as a lock of its own. The
+                    queue for permits is not shown but counted, as position
     application     program_name; or the distributed transaction
     blocked_by      the pids of the holders and of those ahead; 0: a distributed transaction
 
@@ -67,7 +69,9 @@ DECLARE @requests table (
     holds       int,
     waits       int,                                        -- one who converts its lock holds it and waits
     mode        nvarchar(60)  COLLATE Latin1_General_BIN2,
-    waited_ms   bigint
+    waited_ms   bigint,
+    slot        int,                                        -- of a lock that is held with a permit: the permit's number
+    is_permit   int DEFAULT 0                               -- of another lock that the session holds
 );
 
 INSERT INTO @requests (session, lost, resource, lock_key, in_queue, holds, waits, mode, waited_ms)
@@ -279,6 +283,51 @@ BEGIN
 END;
 
 
+-- The permits: who holds one holds the lock itself too, shared, whose names give the permit's key as well. The first free one is
+-- taken, so that the first numbers explain most of what is held.
+
+DECLARE @lock_key bigint, @permit_key bigint, @slot int;
+
+SELECT @preimage = MIN(n.preimage) FROM @names AS n;
+WHILE @preimage IS NOT NULL
+BEGIN
+    SELECT @lock_key = n.lock_key, @slot = 0 FROM @names AS n WHERE n.preimage = @preimage;
+    WHILE @slot <= 998
+          AND EXISTS (SELECT 1
+                      FROM @requests AS l
+                      JOIN @requests AS p ON p.session = l.session
+                      WHERE l.lock_key = @lock_key AND l.in_queue = 0 AND l.holds = 1 AND l.mode = N'S' AND l.slot IS NULL
+                        AND p.lock_key <> @lock_key AND p.in_queue = 0 AND p.holds = 1 AND p.mode = N'X' AND p.is_permit = 0)
+    BEGIN
+        -- The number's digits, each as its byte in hexadecimal: 42 is 3432.
+        SET @statement = N'SET @hash = HASHBYTES(''SHA2_256'', 0x' + @preimage + N'1F'
+            + CAST(CASE WHEN @slot < 10  THEN 30 + @slot
+                        WHEN @slot < 100 THEN 3030 + @slot / 10 * 100 + @slot % 10
+                        ELSE 303030 + @slot / 100 * 10000 + @slot / 10 % 10 * 100 + @slot % 10
+                   END AS nvarchar(6)) + N')';
+        EXEC sys.sp_executesql @statement, N'@hash varbinary(32) OUTPUT', @hash = @hash OUTPUT;
+        SET @permit_key = CAST(SUBSTRING(@hash, 1, 8) AS bigint);
+
+        UPDATE l
+        SET slot = @slot
+        FROM @requests AS l
+        JOIN @requests AS p ON p.session = l.session
+        WHERE l.lock_key = @lock_key AND l.in_queue = 0 AND l.holds = 1 AND l.mode = N'S' AND l.slot IS NULL
+          AND p.lock_key = @permit_key AND p.in_queue = 0 AND p.holds = 1 AND p.mode = N'X' AND p.is_permit = 0;
+
+        IF @@ROWCOUNT > 0
+            UPDATE p
+            SET is_permit = 1
+            FROM @requests AS p
+            JOIN @requests AS l ON l.session = p.session
+            WHERE p.lock_key = @permit_key AND p.in_queue = 0 AND p.holds = 1 AND p.mode = N'X'
+              AND l.lock_key = @lock_key AND l.slot = @slot;
+        SET @slot = @slot + 1;
+    END;
+    SELECT @preimage = MIN(n.preimage) FROM @names AS n WHERE n.preimage > @preimage;
+END;
+
+
 -- The places: one row for each holder and for each who waits, numbered within each lock. Who has come to the head of the queue
 -- for permits holds the queue, and now and then the lock, to look for a permit; who has one gives the queue back.
 
@@ -305,7 +354,11 @@ SELECT p.lock,
        CASE WHEN p.waiting = 1
             THEN ROW_NUMBER() OVER (PARTITION BY p.lock, p.waiting ORDER BY p.turn, p.waited_ms DESC, p.session, p.lost)
        END,
-       CASE WHEN p.exclusive = 1 THEN N'exclusive' WHEN p.shared = 1 THEN N'shared' ELSE p.other END,
+       CASE WHEN p.exclusive = 1 THEN N'exclusive'
+            WHEN p.slot IS NOT NULL THEN N'slot ' + CAST(p.slot AS nvarchar(3))
+            WHEN p.shared = 1 THEN N'shared'
+            ELSE p.other
+       END,
        p.waited_ms
 FROM (SELECT COALESCE(CAST(r.lock_key AS nvarchar(20)), r.resource) AS lock,
              r.session, r.lost, r.lock_key, state.waiting,
@@ -317,6 +370,7 @@ FROM (SELECT COALESCE(CAST(r.lock_key AS nvarchar(20)), r.resource) AS lock,
              MAX(ISNULL(r.waited_ms, 0)) AS waited_ms,
              MAX(CASE WHEN seen.mode = N'X' THEN 1 ELSE 0 END) AS exclusive,
              MAX(CASE WHEN seen.mode = N'S' THEN 1 ELSE 0 END) AS shared,
+             MAX(CASE WHEN state.waiting = 0 THEN r.slot END) AS slot,
              NULLIF(MAX(ISNULL(seen.mode, N'')), N'') AS other
       FROM @requests AS r
       CROSS JOIN (VALUES (0), (1)) AS state(waiting)
@@ -324,11 +378,12 @@ FROM (SELECT COALESCE(CAST(r.lock_key AS nvarchar(20)), r.resource) AS lock,
                                WHEN state.waiting = 1 OR r.waits = 0 THEN r.mode
                           END) AS seen(mode)
       WHERE state.waiting = 1 AND (r.waits = 1 OR r.in_queue = 1)
-         OR state.waiting = 0 AND r.holds = 1 AND r.in_queue = 0
+         OR state.waiting = 0 AND r.holds = 1 AND r.in_queue = 0 AND r.is_permit = 0
             AND NOT EXISTS (SELECT 1 FROM @requests AS head
                             WHERE head.session = r.session AND head.lock_key = r.lock_key
                               AND head.in_queue = 1 AND head.holds = 1)
-      GROUP BY COALESCE(CAST(r.lock_key AS nvarchar(20)), r.resource), r.session, r.lost, r.lock_key, state.waiting) AS p;
+      GROUP BY COALESCE(CAST(r.lock_key AS nvarchar(20)), r.resource), r.session, r.lost, r.lock_key, state.waiting) AS p
+OPTION (RECOMPILE);         -- with the number of rows that the tables have, not the one that the server guesses
 
 
 -- The texts that other sessions say of themselves and of their locks.
@@ -378,8 +433,8 @@ line AS (
 
 described AS (
     SELECT p.lock, p.number, p.session, p.lost, p.lock_key, p.waiting, p.position, p.mode,
-           COALESCE(name.target, label.target + label.target_cut) AS target,
-           COALESCE(name.step,   label.step   + label.step_cut)   AS step,
+           COALESCE(name.target, CASE WHEN label.session IS NOT NULL THEN label.target + label.target_cut END) AS target,
+           COALESCE(name.step,   CASE WHEN label.session IS NOT NULL THEN label.step   + label.step_cut   END) AS step,
            label.tenant,
            CASE WHEN label.session IS NOT NULL THEN CASE WHEN label.since <= @now THEN label.since END
                 WHEN p.waiting = 1 THEN DATEADD(second, -p.waited_ms / 1000, @now)
@@ -441,6 +496,6 @@ ORDER BY MAX(d.waiting) OVER (PARTITION BY d.lock) DESC,
          MIN(COALESCE(d.since, '9999-12-31')) OVER (PARTITION BY d.lock),
          d.lock,
          d.number
-OPTION (MAXRECURSION 0);
+OPTION (MAXRECURSION 0, RECOMPILE);
 
 IF @counting = 1 SET NOCOUNT OFF;

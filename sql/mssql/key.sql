@@ -9,7 +9,7 @@ Settings    read from the session's context, and left as they are; N'...' as for
     dblock.target, dblock.step    the names of the lock
 
 Use         with wishes.sql as acquire.sql's header has it:
-sqlcmd      sqlcmd -S server -d shared -i wishes.sql,key.sql
+sqlcmd      sqlcmd -f 65001 -S server -d shared -i wishes.sql,key.sql
 others      wishes.sql, then the text of this file, on one connection
 After an acquire.sql that failed nothing runs, and so this does not: first release.sql.
 
