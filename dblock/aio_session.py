@@ -66,7 +66,7 @@ class AsyncSession(AnySession):
 
     async def leave(self, *, granted: bool) -> None:
         """The lock is done with the connection, as in `Session.leave`."""
-        if self.loan is None:
+        if self.loan is None or self.busy:
             await self.close()
         elif not self.closed:
             self.loan.returned()

@@ -17,13 +17,11 @@ from dblock.session import (
     Loan,
     Scope,
     Session,
-    claim,
     has_input,
     hide_password,
     import_driver,
     notice_dead_network,
     one_line,
-    unclaim,
 )
 
 if TYPE_CHECKING:
@@ -85,6 +83,10 @@ class PsycopgSession(Session):
     def would_begin(self) -> bool:
         return not self._connection.autocommit
 
+    @property
+    def busy(self) -> bool:
+        return _in_transaction(self._connection) is None
+
     def fileno(self) -> int:
         return self._connection.fileno()
 
@@ -139,6 +141,10 @@ class AsyncPsycopgSession(AsyncSession):
     @property
     def would_begin(self) -> bool:
         return not self._connection.autocommit
+
+    @property
+    def busy(self) -> bool:
+        return _in_transaction(self._connection) is None
 
     def fileno(self) -> int:
         return self._connection.fileno()
@@ -246,16 +252,7 @@ def borrow_async(connection: psycopg.AsyncConnection[Any], scope: Scope) -> Asyn
 
 
 def _loan(connection: AnyConnection, scope: Scope) -> Loan:
-    """Check and claim the caller's connection."""
-    claim(connection)
-    try:
-        return _checked_loan(connection, scope)
-    except BaseException:
-        unclaim(connection)
-        raise
-
-
-def _checked_loan(connection: AnyConnection, scope: Scope) -> Loan:
+    """Check the caller's connection."""
     from psycopg.pq import TransactionStatus
 
     status = connection.info.transaction_status

@@ -31,7 +31,6 @@ from dblock.session import (
     Loan,
     Scope,
     Session,
-    claim,
     duplicate,
     has_input,
     hide_password,
@@ -221,7 +220,6 @@ def borrow(connection: pymssql.Connection, scope: Scope) -> Session:
             "the connection is not in autocommit: the lock would be given back before the work is committed, or kept "
             "beyond it. Use a connection in autocommit, or scope='transaction'"
         )
-    claim(connection)
     return PymssqlSession(connection, Loan(connection, began=False, rollback=connection.rollback))
 
 

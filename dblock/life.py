@@ -8,13 +8,14 @@ Knows neither engine nor driver.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from math import ceil
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypedDict, TypeVar
@@ -24,9 +25,10 @@ from dblock.errors import AlreadyHeld, DatabaseError, LockLost, LockNotHeld, Loc
 from dblock.names import Key
 from dblock.protocol import (
     ANSWER_SECONDS,
+    KEEP_LABEL,
     Busy,
     Conditions,
-    Holds,
+    Granted,
     Look,
     ServerLock,
     Steps,
@@ -36,7 +38,7 @@ from dblock.protocol import (
     check_all,
     release_all,
 )
-from dblock.session import AnySession, Scope, unclaim
+from dblock.session import AnySession, Scope, claim, unclaim
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing has it from 3.11 only
@@ -70,6 +72,7 @@ _kept: set[Life[Any]] = set()
 # All that are held, to notice the one that is taken out of order.
 _all: weakref.WeakSet[Life[Any]] = weakref.WeakSet()
 _all_guard = threading.Lock()
+_numbers = itertools.count()
 
 
 class Watcher(Protocol):
@@ -83,9 +86,10 @@ class Hold(Generic[S]):
     """What an acquired lock needs to be given back, and who may do it."""
 
     session: S
-    holds: Holds
+    holds: list[tuple[ServerLock, Granted]]
     by: int  # the process
     caller: Hashable  # the thread or task
+    number: int  # in the order of the grants
     watcher: Watcher | None = None
     lost: str = ""  # why, once it is known
 
@@ -302,6 +306,9 @@ class Life(ABC, Generic[S]):
         try:
             self._warn_if_out_of_order(caller)
             session = await self._connect()
+            if session.loan is not None and not claim(session.loan.connection, self):
+                session = None  # the other one's, and left alone
+                raise UnsafeConnection("another lock is being acquired on this connection, by another thread or task")
             self._locks = [session.lock(wish) for wish in self._wishes]
             report = self._report if log.isEnabledFor(logging.INFO) else None
             steps = acquire_all(self._locks, self._conditions, timeout, report)
@@ -309,7 +316,7 @@ class Life(ABC, Generic[S]):
             if isinstance(outcome, Busy):
                 return outcome
             self._forget_loss()
-            self._hold = Hold(session, outcome, os.getpid(), caller)
+            self._hold = Hold(session, outcome, os.getpid(), caller, next(_numbers))
             with _all_guard:
                 _all.add(self)
             if session.loan is None:
@@ -320,8 +327,7 @@ class Life(ABC, Generic[S]):
         except DatabaseError as error:
             raise DatabaseError(f"{self._name} not acquired: {error}", error.sqlstate) from error
         finally:
-            if session is not None and session.loan is not None:
-                unclaim(session.loan.connection)
+            unclaim(self)
             if not kept:
                 self._hold = None
                 if session is not None and any(lock.may_hold for lock in self._locks):
@@ -372,12 +378,32 @@ class Life(ABC, Generic[S]):
                     await self._hang_up(hold.session)  # it was not given back, whatever it was that came in between
                 await self._end(hold.session, granted=True)
 
+    def _pass_label_on(self, hold: Hold[S]) -> None:
+        """Where a lock was taken after this one on the same connection, it is its release that ends the labels."""
+        if hold.session.loan is None:
+            return
+        with _all_guard:
+            later = [
+                other
+                for other in (life._hold for life in _all)
+                if other is not None
+                and other.number > hold.number
+                and other.session.loan is not None
+                and other.session.loan.connection is hold.session.loan.connection
+            ]
+        if later:
+            above = min(later, key=lambda other: other.number)
+            lock, granted = above.holds[0]
+            above.holds[0] = (lock, replace(granted, before=hold.holds[0][1].before))
+            hold.holds = [(lock, replace(granted, before=KEEP_LABEL)) for lock, granted in hold.holds]
+
     async def _give_back(self, hold: Hold[S]) -> None:
         if hold.session.loan is not None and (hold.session.in_transaction or hold.session.would_begin):
             raise UnsafeConnection(
                 f"{self._name} is held by a connection inside a transaction: the lock would be given back before the "
                 f"work is committed. COMMIT or ROLLBACK first"
             )
+        self._pass_label_on(hold)
         if await self._run(hold.session, release_all(hold.holds)):
             raise LockLost(f"{self._name} was lost while it was held: the server says that this session has it no more")
 

@@ -18,11 +18,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dblock.errors import AlreadyHeld, DatabaseError, LockDeadlock, UnsafeConnection
 from dblock.label import fields
 from dblock.protocol import (
+    KEEP_LABEL,
     Busy,
     Conditions,
     Engine,
@@ -53,6 +54,8 @@ _IN_TRANSACTION = -1002
 
 # "Do not wait", as the server is told. It takes a 0 too, but Babelfish answers that with the code of a mistake.
 _AT_ONCE_MILLISECONDS = 1
+# Who does not want to wait lets another one take his free permit, which is soon done.
+_QUEUE_AT_ONCE_MILLISECONDS = 100
 _WITHOUT_LIMIT = -1
 
 
@@ -86,7 +89,7 @@ class AppLock:
         self._own = own
         self._session_id = 0
         self._waiting_since: float | None = None
-        self._before: bytes | None = None
+        self._before: Any = None
         self._babelfish = False
 
     def open(self, conditions: Conditions) -> Steps[None]:
@@ -148,7 +151,8 @@ class AppLock:
     def release(self, granted: Granted) -> Steps[bool]:
         if self.wish.in_transaction:
             held = yield from self.check(granted)
-            yield _set_label(granted.before)
+            if label := _set_label(granted.before):
+                yield label
             return held
         code = _NOTHING_SAID
         self._before = granted.before
@@ -190,7 +194,7 @@ class AppLock:
 
     def _acquire(self, deadline: float | None, report: Report | None, *, wait: bool) -> Steps[Granted | Busy]:
         names = self._names
-        enter = _enter(names, _AT_ONCE_MILLISECONDS) if names.permits else ""
+        enter = _enter(names, _QUEUE_AT_ONCE_MILLISECONDS) if names.permits else ""
         granted = self._grant((yield self._take(_AT_ONCE_MILLISECONDS, before=enter, leave_queue=True)))
         if granted:
             return granted
@@ -464,7 +468,7 @@ def _release(lock: LockNames, granted: Granted) -> str:
     """
 
 
-def _give_back(lock: LockNames, context_info: bytes | None) -> str:
+def _give_back(lock: LockNames, context_info: Any) -> str:
     """Give back whatever the session has of this lock, and the session what stood in context_info."""
     return f"""
         DECLARE @code int;
@@ -553,7 +557,10 @@ def _mode(resource: str, owner: str) -> str:
     return f"APPLOCK_MODE('public', N'{resource}', '{owner}')"
 
 
-def _set_label(context_info: bytes | None) -> str:
+def _set_label(context_info: Any) -> str:
+    """Give the session back what it had there before."""
+    if context_info is KEEP_LABEL:
+        return ""
     return f"SET CONTEXT_INFO 0x{(context_info or b'').hex()};"
 
 

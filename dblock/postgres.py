@@ -22,12 +22,13 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dblock.errors import AlreadyHeld, DatabaseError, LockDeadlock, UnsafeConnection
 from dblock.label import fields
 from dblock.names import Key
 from dblock.protocol import (
+    KEEP_LABEL,
     REPORT_SECONDS,
     Busy,
     Conditions,
@@ -107,7 +108,7 @@ class AdvisoryLock:
         self._slice_seconds = SLICE_SECONDS
         self._long_slice_seconds: float | None = None
         self._slices = 0
-        self._application_name = ""
+        self._application_name: Any = ""
         self._ticket: Ticket | None = None
 
     def open(self, conditions: Conditions) -> Steps[None]:
@@ -424,13 +425,13 @@ class OwnSession:
         """What is to be said when all of the locks that were asked for are held."""
         return ""
 
-    def undoing(self, text: str, application_name: str) -> str:
+    def undoing(self, text: str, application_name: Any) -> str:
         """A message after which nothing is left of an acquire, not even where a message before it failed."""
         return f"{text}; {self._restore(application_name)}"
 
-    def _restore(self, application_name: str) -> str:
+    def _restore(self, application_name: Any) -> str:
         return f"""
-            SELECT pg_catalog.set_config('application_name', {_quote(application_name)}, {self.local}),
+            SELECT {_name(application_name, self.local)},
                    pg_catalog.set_config('{self.silence}', {_quote(self.found.silence)}, {self.local})
         """
 
@@ -449,7 +450,7 @@ class BorrowedSession(OwnSession):
     def errand(self, text: str, lasting: str = "") -> str:
         return f"{self._set_local()} {lasting} {text}"
 
-    def undoing(self, text: str, application_name: str) -> str:
+    def undoing(self, text: str, application_name: Any) -> str:
         return f"{self._set_local()} {super().undoing(text, application_name)}"
 
     def _set_local(self) -> str:
@@ -526,7 +527,7 @@ class InTransaction(OwnSession):
             RELEASE SAVEPOINT {self._savepoint}
         """
 
-    def undoing(self, text: str, application_name: str) -> str:
+    def undoing(self, text: str, application_name: Any) -> str:
         self._acquiring = False
         return f"""
             ROLLBACK TO SAVEPOINT {self._savepoint};
@@ -655,7 +656,7 @@ def _release(lock: LockNames, granted: Granted) -> str:
     return f"""
         SELECT {permit}
                pg_catalog.pg_advisory_unlock{lock.mode}({lock.key}),
-               pg_catalog.set_config('application_name', {_quote(granted.before)}, false)
+               {_name(granted.before, "false")}
     """
 
 
@@ -821,6 +822,13 @@ def _label(state: str, fitted_fields: str, around: OwnSession) -> str:
         f"set_config('application_name', 'dblock1 {state}' || floor(extract(epoch FROM clock_timestamp()))::bigint"
         f" || ' {fitted_fields}', {around.local})"
     )
+
+
+def _name(before: Any, local: str) -> str:
+    """Give the session back the name that it had before."""
+    if before is KEEP_LABEL:
+        return "NULL"
+    return f"pg_catalog.set_config('application_name', {_quote(before)}, {local})"
 
 
 def _quote(text: str) -> str:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from dblock import names
 from dblock.errors import DatabaseError
@@ -132,12 +132,15 @@ class Look:
     ahead: int = 0
 
 
+KEEP_LABEL: Final = object()
+
+
 @dataclass(frozen=True)
 class Granted:
     """The lock is held.
 
     Attributes:
-        before: where the label stands now, the session had this before.
+        before: where the label stands now, the session had this before; ``KEEP_LABEL``: the label is another lock's.
         slot: the number of the permit, where the lock has some.
     """
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from threading import Lock, RLock
 from typing import TYPE_CHECKING, Any, Literal
 
-from dblock.errors import DatabaseError, UnsafeConnection
+from dblock.errors import DatabaseError
 from dblock.protocol import ANSWER_SECONDS, Engine, HangUp, Message, Pause, Row, ServerLock, Steps, T, Wait, Wish
 
 if TYPE_CHECKING:
@@ -28,30 +28,29 @@ if TYPE_CHECKING:
 Scope = Literal["session", "transaction"]
 
 
-# The connections of callers on which a lock is being acquired, by their identities.
-_claimed: set[int] = set()
+# The connections of callers on which a lock is being acquired, by their identities; and by whom.
+_claimed: dict[int, object] = {}
 _claiming = Lock()
 
 
-def claim(connection: object) -> None:
+def claim(connection: object, claimant: object) -> bool:
     """Be the only one who acquires a lock on a caller's connection, until `unclaim`.
 
     To the server all of a session's locks are one holder's: of two who acquire the same one on one connection, both
     would have it; and what one takes back in a transaction would be the other's too.
 
-    Raises:
-        UnsafeConnection: somebody else does.
+    Returns:
+        False: somebody else does.
     """
     with _claiming:
-        if id(connection) in _claimed:
-            raise UnsafeConnection("another lock is being acquired on this connection, by another thread or task")
-        _claimed.add(id(connection))
+        return _claimed.setdefault(id(connection), claimant) is claimant
 
 
-def unclaim(connection: object) -> None:
-    """Let others acquire on it."""
+def unclaim(claimant: object) -> None:
+    """Let others acquire where the claimant did."""
     with _claiming:
-        _claimed.discard(id(connection))
+        for connection in [connection for connection, by in _claimed.items() if by is claimant]:
+            del _claimed[connection]
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Loan:
     """The caller's connection, on loan to a lock.
 
     Attributes:
-        connection: the driver's, claimed.
+        connection: the driver's.
         began: the lock's first message begins a transaction, where the caller had none.
         rollback: ends it. Its result is to be awaited where the connection is asynchronous.
         returned: is called when nothing of the lock is left on the connection.
@@ -108,6 +107,11 @@ class AnySession(ABC):
     @abstractmethod
     def would_begin(self) -> bool:
         """Whether the connection is not in autocommit, so that a statement begins a transaction."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether a statement is under way, as far as the driver tells."""
+        return False
 
     @abstractmethod
     def alive(self) -> bool:
@@ -182,6 +186,8 @@ class Session(AnySession):
         """
         if self.loan is None:
             self.close()
+        elif self.busy:
+            self.close()  # a signal's exception left a statement behind, whose outcome nobody will read
         elif not self.closed:
             self.loan.returned()
             if self.loan.began and not granted:
