@@ -21,8 +21,8 @@ demo: .venv/with-demo
 	@.venv/bin/dblock demo --svg .demo/demo.svg
 
 test: .venv/with-everything
-	.venv/bin/ruff check dblock tests
-	.venv/bin/ruff format --check dblock tests
+	.venv/bin/ruff check dblock tests benchmarks
+	.venv/bin/ruff format --check dblock tests benchmarks
 	.venv/bin/mypy
 	.venv/bin/pytest $(PYTEST_ARGS)
 

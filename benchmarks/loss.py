@@ -21,6 +21,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 
 import psycopg
 
@@ -54,14 +56,16 @@ def noticed(held: dblock.Lock, fault: Callable[[], object]) -> float:
     raise AssertionError("a lock that was lost was given back")
 
 
+_TERMINATE = "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'"
+
+
 def terminated(server: Server, rounds: int) -> list[float]:
     found = []
     with psycopg.connect(server.url, autocommit=True) as other:
         for _ in range(rounds):
             held = lock(server.url)
             held.acquire()
-            end = "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'"
-            found.append(noticed(held, lambda: other.execute(end)))
+            found.append(noticed(held, lambda: other.execute(_TERMINATE)))
     return found
 
 
@@ -92,7 +96,7 @@ def killed(url: str, rounds: int) -> list[float]:
         held = dblock.lock(connect, target="loss-0", step="b", heartbeat=HEARTBEAT_SECONDS)
         held.acquire()
         session = held._hold.session._send("SELECT @@SPID", lambda _: None)[0][0]  # type: ignore[union-attr]
-        found.append(noticed(held, lambda session=session: other.cursor().execute(f"KILL {session}")))
+        found.append(noticed(held, partial(other.cursor().execute, f"KILL {session}")))
     other.close()
     return found
 
@@ -154,7 +158,7 @@ def cut(server: Server, rounds: int) -> tuple[list[float], list[float], list[flo
     """Both clocks of one cut for as many locks: seconds until told, until the server lets go, and in between."""
     with (server.data / "pg_hba.conf").open("a") as hba:
         hba.write(f"host all all {CLIENT_ADDRESS}/32 trust\n")
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    root = str(Path(__file__).resolve().parent.parent)
     with psycopg.connect(server.url, autocommit=True) as observer, network() as cut_network:
         observer.execute("SELECT pg_reload_conf()")
         url = server.url.replace("127.0.0.1", SERVER_ADDRESS)

@@ -38,7 +38,7 @@ class Entry:
         host: where its client runs.
         user: its role.
         to_free: of a holder, the statement that ends it.
-        mode: ``exclusive`` or ``shared``.
+        mode: ``exclusive``, ``shared``, or ``slot N`` where it holds permit N.
         key: the lock's number; None for a lock of two integers.
         lock: whose kind of lock it is: dblock's, one bigint, or two integers.
         application: application_name where it is not this lock's label, or the prepared transaction.
