@@ -192,19 +192,6 @@ def test_unsafe_and_unreachable(url: str, target: str) -> None:
         complaint(gone.stderr)
 
 
-@pytest.mark.parametrize("code", [0, 3])
-def test_a_lock_lost_while_the_command_ran(url: str, target: str, observer: psycopg.Connection[Any], code: int) -> None:
-    with started(url, target, command=["sh", "-c", f"echo held; read line; exit {code}"]) as process:
-        assert line(process) == "held"
-        (pid,) = holders(observer, target)
-        observer.execute("SELECT pg_terminate_backend(%s)", (pid,))
-        wait_until(lambda: not holders(observer, target), "the end of the holder's session")
-        _, stderr = process.communicate(b"\n", 60)
-        assert process.returncode == 76
-        assert "was lost" in complaint(stderr)
-        assert f"exit code {code}" in complaint(stderr)
-
-
 # --- what the command finds -------------------------------------------------------------------------------------------
 
 SHOW = "import json, os; print(json.dumps({n: v for n, v in os.environ.items() if n.startswith('DBLOCK_')}))"
