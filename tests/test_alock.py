@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 import dblock
-from tests.backends import Backend, Postgres
+from tests.backends import Backend, Postgres, SqlServer
 from tests.support import wait_until
 
 ENGINES = ["postgres", "mssql"]
@@ -108,7 +108,9 @@ def test_cancelled_while_waiting(backend: Backend, engine: str, again: bool) -> 
                 waiting.cancel()
             assert await cancelled(waiting)
             assert not waiter.held
-            await seen(lambda: backend.all_rows() == before, "the waiter's locks to be gone")
+            if not (isinstance(backend, SqlServer) and backend.is_babelfish):  # there it queues on, until it is granted
+                await seen(lambda: backend.all_rows() == before, "the waiter's locks to be gone")
+        await seen(lambda: not backend.all_rows(), "all locks to be gone")
         assert await waiter.acquire()  # it can be used again
         await waiter.release()
 

@@ -18,7 +18,8 @@ import pytest
 from psycopg import sql
 
 import dblock
-from tests.doors import SQL, Wish, literal, set_wishes
+from tests.backends import Postgres
+from tests.doors import PSQL, SQL, Wish, literal, set_wishes
 from tests.support import wait_until
 
 ACQUIRE = (SQL / "acquire.sql").read_text()
@@ -523,3 +524,13 @@ def spin(seconds: float) -> None:
     end = perf_counter() + seconds
     while perf_counter() < end:
         pass
+
+
+def test_a_killed_waiter_leaves_the_queue(postgres: Postgres) -> None:
+    """With the setting that the header names; without it only when it is granted."""
+    with dblock.lock(postgres.url, target="web-01", step="b"):
+        waiter = PSQL.attempt(postgres.url, Wish(), PGOPTIONS="-c client_connection_check_interval=500ms")
+        with waiter:
+            wait_until(lambda: len(postgres.waiters()) == 1, "the waiter in the queue")
+            waiter.kill()
+            wait_until(lambda: not postgres.waiters(), "the waiter to be gone")

@@ -58,6 +58,9 @@ client to another: through one, use nothing but scope transaction in transaction
 Who waits in a transaction holds back vacuum in the whole database, and CREATE INDEX CONCURRENTLY until the transaction ends;
 who waits outside of one does not.
 
+Whose client is killed while it waits stays in the queue until it is granted, and goes then; with the setting
+client_connection_check_interval = '1s', which must be there before this script begins, within a second.
+
 Several locks: take them in ascending order of their keys, everywhere. Two who wait here for each other are no deadlock that
 the server sees.
 
