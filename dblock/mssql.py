@@ -244,8 +244,10 @@ class AppLock:
         """
         if not self._own:
             try:
-                yield _give_back(self._names, self._before)
+                row = yield _give_back(self._names, self._before)
             except DatabaseError:
+                row = ()
+            if not row or row[0]:
                 yield HangUp()
         self.may_hold = False
 
@@ -455,13 +457,13 @@ def _release(lock: LockNames, granted: Granted) -> str:
     resources = [*(() if granted.slot is None else (lock.permits[granted.slot],)), lock.resource]
     lost = " OR ".join(f"{_mode(resource, lock.owner)} = 'NoLock'" for resource in resources)
     return f"""
-        DECLARE @code int = {_IN_TRANSACTION}, @lost bit = 0;
+        DECLARE @code int = {_IN_TRANSACTION}, @lost bit = 0, @kept int = 0;
         IF @@TRANCOUNT = 0
         BEGIN
             SET @code = 0;
             IF {lost} SET @lost = 1;
             {_give_all(resources, lock.owner)}
-            IF @lost = 1 SET @code = {_NOTHING_SAID};
+            IF @lost = 1 OR @kept > 0 SET @code = {_NOTHING_SAID};
             {_set_label(granted.before)}
         END;
         SELECT @code;
@@ -469,13 +471,16 @@ def _release(lock: LockNames, granted: Granted) -> str:
 
 
 def _give_back(lock: LockNames, context_info: Any) -> str:
-    """Give back whatever the session has of this lock, and the session what stood in context_info."""
+    """Give back whatever the session has of this lock, and the session what stood in context_info.
+
+    The reply: how much could not be given back.
+    """
     return f"""
-        DECLARE @code int;
+        DECLARE @code int, @kept int = 0;
         {_give_all((*lock.permits, lock.resource), lock.owner)}
         {_give_all((lock.queue,), "Session") if lock.permits else ""}
         {_set_label(context_info)}
-        SELECT @code;
+        SELECT @kept;
     """
 
 
@@ -541,15 +546,20 @@ def _get(resource: str, mode: str, owner: str, milliseconds: str) -> str:
     )
 
 
-def _give(resource: str, owner: str) -> str:
-    return f"EXEC sys.sp_releaseapplock @Resource = N'{resource}', @LockOwner = N'{owner}', @DbPrincipal = N'public';"
+def _give(resource: str, owner: str, code: str = "") -> str:
+    return (
+        f"EXEC {code}sys.sp_releaseapplock @Resource = N'{resource}', @LockOwner = N'{owner}',"
+        f" @DbPrincipal = N'public';"
+    )
 
 
 def _give_all(resources: Sequence[str], owner: str) -> str:
     """Give back those which the session has. A transaction's can have none of its own outside a transaction."""
     inside = "@@TRANCOUNT > 0 AND " if owner == "Transaction" else ""
     return "\n".join(
-        f"IF {inside}{_mode(resource, owner)} <> 'NoLock' {_give(resource, owner)}" for resource in resources
+        f"IF {inside}{_mode(resource, owner)} <> 'NoLock' BEGIN {_give(resource, owner, '@code = ')}"
+        f" IF @code IS NULL OR @code < 0 SET @kept = @kept + 1; END;"
+        for resource in resources
     )
 
 

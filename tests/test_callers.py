@@ -93,6 +93,9 @@ def test_excludes_as_the_table_says(
 @pytest.mark.parametrize(("caller", "shape"), PRODUCT, ids=str)
 def test_waits_and_times_out(backend: Backend, caller: Caller, shape: str, hand: Hand) -> None:
     """A timeout leaves nothing behind, and the caller's connection goes on; a wait ends with the holder's release."""
+    babelfish = isinstance(backend, SqlServer) and backend.is_babelfish
+    if babelfish and caller.in_transaction and shape == "several targets":
+        pytest.skip("Babelfish does not give back a transaction's lock before its end: needs a SQL Server")
     holder = dblock.lock(backend.url, target="web-01", step="b", tenant="T0")
     with holder:
         before = backend.all_rows()

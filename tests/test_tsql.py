@@ -38,7 +38,7 @@ def said(wish: Wish, *, own: bool) -> dict[str, str]:
         found["look for a permit"] = looking.text if isinstance(looking, Wait) else ""
     with pytest.raises(DatabaseError):  # and so to its end
         found["give back"] = str(acquiring.throw(DatabaseError("")))
-        acquiring.send(())
+        acquiring.send((0,))
     granted = Granted(b"\x01\xff", slot=1 if wish.slots else None)
     releasing = lock.release(granted)
     found["release"] = str(next(releasing))
