@@ -209,7 +209,8 @@ class Life(ABC, Generic[S]):
         """Whether the lock is held, as far as this process can know without asking the server.
 
         A connection that the server has ended, or that has been closed, holds nothing. One whose network died
-        silently still counts as held: see `check`, which asks.
+        silently still counts as held, and so does a lock of a transaction while any transaction is open on its
+        connection: see `check`, which asks.
         """
         hold = self._hold
         if hold is None or hold.by != os.getpid() or hold.lost:

@@ -47,7 +47,10 @@ def lock(
         db: a URL (``postgresql://…``, ``mssql+pymssql://…``), a PostgreSQL conninfo string, an SQLAlchemy ``Engine``,
             or a callable that returns a new connection of psycopg or pymssql: the lock has a connection of its own,
             opened at the acquire and closed at the release. Or the caller's connection, on which lock and work live and
-            die together: psycopg's, pymssql's, or an SQLAlchemy ``Connection`` or ``Session`` on one of these.
+            die together: psycopg's, pymssql's, or an SQLAlchemy ``Connection`` or ``Session`` on one of these. Nobody
+            else may talk on it while the lock is acquired, and with pymssql no rows of a query may be left to be read,
+            since the next statement on the connection drops them. A lock that is forgotten on a connection of
+            psycopg_pool goes back to that pool with it; SQLAlchemy's pools take none back.
         target: where the step runs; or several places, of which all are taken or none. Compared exactly, as is the
             step; see `dblock.key`.
         step: what may run only once at a time there.
