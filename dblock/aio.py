@@ -16,7 +16,7 @@ from dblock.aio_session import AsyncSession, until_done
 from dblock.connect import check_source, connect_async, is_callers
 from dblock.life import GRACE_SECONDS, UNSET, Arguments, Life, Unset, Watcher, check_timeout
 from dblock.protocol import ANSWER_SECONDS, Look, ServerLock, Steps, T
-from dblock.session import AnswerDue, Scope, duplicate
+from dblock.session import AnswerDue, Scope, duplicate, has_input
 from dblock.watch import PAUSE_SECONDS
 
 if TYPE_CHECKING:
@@ -249,7 +249,8 @@ class _Watch:
                     return
                 if self._news.is_set() and not self._stopped:
                     self._news.clear()
-                    await asyncio.sleep(PAUSE_SECONDS)
+                    if has_input(self._socket.fileno()):
+                        await asyncio.sleep(PAUSE_SECONDS)
         finally:
             loop.remove_reader(self._socket)
             self._socket.close()

@@ -11,9 +11,9 @@ import socket
 import threading
 from collections.abc import Callable
 
-from dblock.session import duplicate
+from dblock.session import duplicate, has_input
 
-# After news on the socket that was none, such as a notice: so that it cannot keep this busy.
+# After news on the socket that nobody has read, such as a reply to somebody else: so that it cannot keep this busy.
 PAUSE_SECONDS = 0.2
 
 
@@ -54,7 +54,7 @@ class Watch:
                     ready = [key.fileobj for key, _ in selector.select(self._heartbeat)]
                     if self._wake in ready or not (self._alive() if ready else self._held()):
                         return
-                    if ready and self._paused():
+                    if ready and has_input(self._socket.fileno()) and self._paused():
                         return
         finally:
             self._socket.close()
