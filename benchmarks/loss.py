@@ -28,6 +28,7 @@ import psycopg
 
 import dblock
 from dblock.demo.server import Server, postgres_server
+from dblock.protocol import Steps
 
 HEARTBEAT_SECONDS = 10.0
 
@@ -79,6 +80,11 @@ def crashed(server: Server, rounds: int) -> list[float]:
     return found
 
 
+def _session_id() -> Steps[int]:
+    row = yield "SELECT @@SPID"
+    return int(row[0])
+
+
 def killed(url: str, rounds: int) -> list[float]:
     import pymssql
 
@@ -95,7 +101,8 @@ def killed(url: str, rounds: int) -> list[float]:
 
         held = dblock.lock(connect, target="loss-0", step="b", heartbeat=HEARTBEAT_SECONDS)
         held.acquire()
-        session = held._hold.session._send("SELECT @@SPID", lambda _: None)[0][0]  # type: ignore[union-attr]
+        assert held._hold is not None
+        session = held._hold.session.run(_session_id())
         found.append(noticed(held, partial(other.cursor().execute, f"KILL {session}")))
     other.close()
     return found

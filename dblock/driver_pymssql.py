@@ -120,7 +120,8 @@ class PymssqlSession(Session):
 
     def _close(self) -> None:
         self._closed = True
-        self._connection.close()
+        with self._turn:  # to close under another thread's message would end the process
+            self._connection.close()
 
     def _send(self, text: str, wait: Callable[[int], None]) -> list[Row]:
         import pymssql
