@@ -22,7 +22,7 @@ from tests.support import wait_until
 
 Connection = psycopg.Connection[Any]
 WISH: dict[str, Any] = {"target": "web-01", "step": "b"}
-ROUNDS = int(os.environ.get("DBLOCK_TEST_ROUNDS", "100"))
+ROUNDS = int(os.environ.get("DBLOCK_TEST_ROUNDS", "40"))
 
 
 @pytest.fixture
