@@ -236,7 +236,8 @@ class AdvisoryLock:
         while (milliseconds := self._slice(deadline)) is not None:
             if self._ticket is None:
                 yield from self._join(milliseconds)
-            elif self._ticket.predecessor and around.waits_apart:
+            elif self._ticket.predecessor:
+                # And no more: a waiter that is frozen or cut off must not come to hold the lock by this message.
                 (predecessor,) = yield around.errand(_wait_for_turn(self._names, self._ticket, milliseconds))
                 self._ticket = Ticket(self._ticket.number, predecessor)
             else:
@@ -258,8 +259,6 @@ class AdvisoryLock:
     def _take_in_turn(self, milliseconds: int, locked_out: bool) -> str:
         assert self._ticket is not None  # noqa: S101 - for the type checker
         take = _take(self._names, self._ticket, self._surroundings)
-        if self._ticket.predecessor:
-            return _wait_for_predecessor(self._names, self._ticket, milliseconds) + take
         return _wait_for_lock(self._names, milliseconds) + take if locked_out else take
 
     def _join(self, milliseconds: int) -> Steps[None]:
@@ -355,7 +354,6 @@ class OwnSession:
         scope: what the names of the functions that take a lock have in the middle.
         silence: which setting limits how long the session may be silent while it waits.
         borrowed: whether it is the caller's.
-        waits_apart: whether a wait in the queue needs a message of its own, so that what it takes goes back at once.
         copies: what the names of settings begin with, under which the message that opens finds the caller's.
         found: the settings before the lock came.
     """
@@ -364,7 +362,6 @@ class OwnSession:
     scope = ""
     silence = "idle_session_timeout"
     borrowed = False
-    waits_apart = False
     copies = ""
     found = Settings("", "", "0", "0", "0")
 
@@ -471,7 +468,6 @@ class InTransaction(OwnSession):
     scope = "_xact"
     silence = "idle_in_transaction_session_timeout"
     borrowed = True
-    waits_apart = True
     copies = "dblock.found_"
 
     def __init__(self, server_version: int) -> None:
