@@ -19,6 +19,7 @@ import psycopg
 import pytest
 
 import dblock
+from dblock.postgres import AdvisoryLock
 from tests.backends import Backend, Postgres
 from tests.support import wait_until
 
@@ -91,7 +92,9 @@ def test_ten_threads_a_hundred_rounds_three_slots(postgres: Postgres) -> None:
 
 
 def test_sixty_four_callers_on_eight_slots_use_them(postgres: Postgres) -> None:
-    """85 % of what eight slots with 20 ms of work each can do; and nobody waits much longer than his turn takes."""
+    """Never more than eight, never two with one number. How near to the ideal it comes is printed, for it depends on
+    the machine; benchmarks/slots.py compares it with the raw statements in one run.
+    """
     rounds, callers, slots, seconds = 6, 64, 8, 0.02
     inside = Inside()
     waits: list[float] = []
@@ -234,22 +237,31 @@ def test_several_targets_are_taken_or_none(backend: Backend, engine: str) -> Non
     wait_until(lambda: not backend.all_rows(), "the locks to be gone")
 
 
-def test_one_deadline_for_all_targets(postgres: Postgres) -> None:
-    """The first is had only when the time is nearly over: for the second there is no more than the rest of it."""
+def test_one_deadline_for_all_targets(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the second there is no more than what the first one's wait has left."""
+    given: list[float | None] = []
+    acquire = AdvisoryLock.acquire
+
+    def acquire_and_note(self: AdvisoryLock, timeout: float | None, report: Any) -> Any:
+        given.append(timeout)
+        return acquire(self, timeout, report)
+
+    monkeypatch.setattr(AdvisoryLock, "acquire", acquire_and_note)
     targets = sorted(("web-01", "web-02"), key=lambda target: dblock.key(target, "b").value)
-    first, second = lock(postgres.url, targets[0]), lock(postgres.url, targets[1])
+    first = lock(postgres.url, targets[0])
     first.acquire()
-    second.acquire()
     both = lock(postgres.url, targets)
     with ThreadPoolExecutor(1) as pool:
-        began = time.monotonic()
-        acquiring = pool.submit(both.acquire, 2.0)
+        acquiring = pool.submit(both.acquire, 60)
         wait_until(postgres.waiters, "the waiter for the first")
-        time.sleep(max(0.0, 1.5 - (time.monotonic() - began)))
+        began = time.monotonic()
+        wait_until(lambda: time.monotonic() - began > 0.3, "some of the time to be over")
         first.release()
-        assert acquiring.result(60) is False
-        assert time.monotonic() - began < 3.4  # twice the time would be 3.5
-    second.release()
+        assert acquiring.result(60)
+    both.release()
+    assert given[1] == 60
+    assert given[2] is not None
+    assert given[2] < 60 - 0.3
 
 
 def test_the_same_targets_in_any_order_never_deadlock(postgres: Postgres) -> None:
