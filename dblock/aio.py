@@ -227,10 +227,14 @@ class _Watch:
         self._stopped = False
         self._task = asyncio.create_task(self._run(), name="dblock watch")
 
-    async def stop(self) -> None:
-        """End it, and wait until it is gone. Cancelling it would break off a question, and with it the connection."""
+    def end(self) -> None:
+        """Tell it to end, without waiting for that."""
         self._stopped = True
         self._news.set()
+
+    async def stop(self) -> None:
+        """End it, and wait until it is gone. Cancelling it would break off a question, and with it the connection."""
+        self.end()
         await until_done(self._task, on_cancel=lambda: None)
 
     async def _run(self) -> None:

@@ -43,7 +43,7 @@ class AsyncSession(AnySession):
             if self.loan is not None and isawaitable(ended := self.loan.closed()):
                 await ended
 
-    async def run(self, steps: Steps[T], meanwhile: Callable[[], Coroutine[Any, Any, None]] | None = None) -> T:  # noqa: ARG002
+    async def run(self, steps: Steps[T], meanwhile: Callable[[], Coroutine[Any, Any, None]] | None = None) -> T:  # noqa: ARG002 - for those that can
         """Run a generator to its end, as `Session.run` does."""
         async with self._turn:
             try:
@@ -71,7 +71,12 @@ class AsyncSession(AnySession):
         elif not self.closed:
             self.loan.returned()
             if self.loan.began and not granted:
-                await self.loan.rollback()
+                try:
+                    await self.loan.rollback()
+                except BaseException as error:
+                    await self.close()  # whatever it was, a cancellation too: the transaction may be open
+                    if not isinstance(error, Exception):
+                        raise
 
     async def _execute(self, message: Message) -> Row:
         if isinstance(message, Pause):

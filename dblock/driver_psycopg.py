@@ -14,6 +14,7 @@ from dblock.errors import DatabaseError, UnsafeConnection
 from dblock.postgres import ENGINE, AdvisoryLock
 from dblock.protocol import Row, ServerLock, Wish
 from dblock.session import (
+    AnySession,
     Loan,
     Scope,
     Session,
@@ -37,19 +38,63 @@ _UNREADABLE = (
 )
 
 
-class PsycopgSession(Session):
-    """A psycopg connection, spoken to in the simple protocol."""
+class _OnPsycopg(AnySession):
+    """What a session knows of a psycopg connection without waiting for it, blocking or not."""
 
     engine = ENGINE
+    _connection: AnyConnection
+
+    def lock(self, wish: Wish) -> ServerLock:
+        info = self._connection.info
+        return AdvisoryLock(
+            wish,
+            server_version=info.server_version,
+            client_backend_pid=info.backend_pid,
+            own=self.loan is None,
+        )
+
+    @property
+    def closed(self) -> bool:
+        return self._connection.closed
+
+    @property
+    def in_transaction(self) -> bool | None:
+        from psycopg.pq import TransactionStatus
+
+        if self.busy:
+            return None  # somebody is talking on it just now
+        return self._connection.info.transaction_status in (TransactionStatus.INTRANS, TransactionStatus.INERROR)
+
+    @property
+    def would_begin(self) -> bool:
+        return not self._connection.autocommit
+
+    @property
+    def busy(self) -> bool:
+        from psycopg.pq import TransactionStatus
+
+        return self._connection.info.transaction_status == TransactionStatus.ACTIVE
+
+    def fileno(self) -> int:
+        import psycopg
+
+        try:
+            return self._connection.fileno()
+        except psycopg.Error as error:
+            raise translate(error) from error
+
+    def alive(self) -> bool:
+        return _alive(self._connection)
+
+
+class PsycopgSession(_OnPsycopg, Session):
+    """A psycopg connection, spoken to in the simple protocol."""
 
     def __init__(self, connection: psycopg.Connection[Any], loan: Loan | None = None) -> None:
         super().__init__(loan)
         if loan is None:
             notice_dead_network(connection.fileno())
-        self._connection = connection
-
-    def lock(self, wish: Wish) -> ServerLock:
-        return _lock(self._connection, wish, own=self.loan is None)
+        self._connection: psycopg.Connection[Any] = connection
 
     def rows(self, text: str) -> list[Row]:
         import psycopg
@@ -71,47 +116,19 @@ class PsycopgSession(Session):
         except psycopg.Error as error:
             raise translate(error) from error
 
-    @property
-    def closed(self) -> bool:
-        return self._connection.closed
-
-    @property
-    def in_transaction(self) -> bool | None:
-        return _in_transaction(self._connection)
-
-    @property
-    def would_begin(self) -> bool:
-        return not self._connection.autocommit
-
-    @property
-    def busy(self) -> bool:
-        return _in_transaction(self._connection) is None
-
-    def fileno(self) -> int:
-        return self._connection.fileno()
-
-    def alive(self) -> bool:
-        with self._turn:
-            return _alive(self._connection)
-
     def _close(self) -> None:
         # The socket goes even where the driver could not say goodbye.
         self._connection.close()
 
 
-class AsyncPsycopgSession(AsyncSession):
+class AsyncPsycopgSession(_OnPsycopg, AsyncSession):
     """An asynchronous psycopg connection."""
-
-    engine = ENGINE
 
     def __init__(self, connection: psycopg.AsyncConnection[Any], loan: Loan | None = None) -> None:
         super().__init__(loan)
         if loan is None:
             notice_dead_network(connection.fileno())
-        self._connection = connection
-
-    def lock(self, wish: Wish) -> ServerLock:
-        return _lock(self._connection, wish, own=self.loan is None)
+        self._connection: psycopg.AsyncConnection[Any] = connection
 
     async def rows(self, text: str) -> list[Row]:
         import psycopg
@@ -129,28 +146,6 @@ class AsyncPsycopgSession(AsyncSession):
                         return _decoded(self._connection, rows)
         except psycopg.Error as error:
             raise translate(error) from error
-
-    @property
-    def closed(self) -> bool:
-        return self._connection.closed
-
-    @property
-    def in_transaction(self) -> bool | None:
-        return _in_transaction(self._connection)
-
-    @property
-    def would_begin(self) -> bool:
-        return not self._connection.autocommit
-
-    @property
-    def busy(self) -> bool:
-        return _in_transaction(self._connection) is None
-
-    def fileno(self) -> int:
-        return self._connection.fileno()
-
-    def alive(self) -> bool:
-        return _alive(self._connection)
 
     async def _close(self) -> None:
         await self._connection.close()
@@ -290,20 +285,6 @@ def _refuse_pipeline(connection: AnyConnection) -> None:
 
 
 # --- pieces that both kinds of connection share -----------------------------------------------------------------------
-
-
-def _lock(connection: AnyConnection, wish: Wish, *, own: bool) -> ServerLock:
-    info = connection.info
-    return AdvisoryLock(wish, server_version=info.server_version, client_backend_pid=info.backend_pid, own=own)
-
-
-def _in_transaction(connection: AnyConnection) -> bool | None:
-    from psycopg.pq import TransactionStatus
-
-    status = connection.info.transaction_status
-    if status == TransactionStatus.ACTIVE:
-        return None  # somebody is talking on it just now
-    return status in (TransactionStatus.INTRANS, TransactionStatus.INERROR)
 
 
 def _alive(connection: AnyConnection) -> bool:

@@ -78,7 +78,13 @@ _numbers = itertools.count()
 class Watcher(Protocol):
     """Watches a held lock's connection, until it is stopped."""
 
-    async def stop(self) -> None: ...
+    def end(self) -> None:
+        """Tell it to end, without waiting for that."""
+        ...
+
+    async def stop(self) -> None:
+        """End it, and wait until it is gone."""
+        ...
 
 
 @dataclass
@@ -201,8 +207,8 @@ class Life(ABC, Generic[S]):
         hold = self._hold
         if hold is None or self._arguments["slots"] is None:
             return ()
-        slot = {lock.wish.target: granted.slot for lock, granted in hold.holds}
-        return tuple(slot[target] or 0 for target in self.targets)
+        slots = {lock.wish.target: granted.slot for lock, granted in hold.holds if granted.slot is not None}
+        return tuple(slots[target] for target in self.targets)
 
     @property
     def held(self) -> bool:
@@ -308,6 +314,7 @@ class Life(ABC, Generic[S]):
             self._warn_if_out_of_order(caller)
             session = await self._connect()
             if session.loan is not None and not claim(session.loan.connection, self):
+                session.loan.returned()
                 session = None  # the other one's, and left alone
                 raise UnsafeConnection("another lock is being acquired on this connection, by another thread or task")
             self._locks = [session.lock(wish) for wish in self._wishes]
@@ -330,7 +337,9 @@ class Life(ABC, Generic[S]):
         finally:
             unclaim(self)
             if not kept:
-                self._hold = None
+                hold, self._hold = self._hold, None
+                if hold is not None and hold.watcher is not None:
+                    await hold.watcher.stop()
                 if session is not None and any(lock.may_hold for lock in self._locks):
                     await self._hang_up(session)  # a signal's exception came between the grant and its being noted
                 await self._end(session, granted=False)
@@ -392,7 +401,7 @@ class Life(ABC, Generic[S]):
                 and other.session.loan is not None
                 and other.session.loan.connection is hold.session.loan.connection
             ]
-        if later:
+        if later and hold.holds[0][1].before is not KEEP_LABEL:
             above = min(later, key=lambda other: other.number)
             lock, granted = above.holds[0]
             above.holds[0] = (lock, replace(granted, before=hold.holds[0][1].before))
@@ -433,17 +442,20 @@ class Life(ABC, Generic[S]):
         hold = self._own_hold()
         if self._scope == "transaction" and hold.session.in_transaction is False:
             raise LockNotHeld(f"{self._name} is not held any more: it ended with its transaction")
-        try:
-            ask = self._ask if hold.session.loan is None else self._run
-            if not hold.lost and await ask(hold.session, check_all(hold.holds)):
-                return
-            why = "the server says that this session has it no more"
-        except DatabaseError as error:
-            if not hold.session.closed:
-                if error.sqlstate == _FAILED_TRANSACTION:
-                    return  # which ends no lock
-                raise
-            why = str(error)
+        if hold.session.closed:
+            why = "the connection is closed"
+        else:
+            try:
+                ask = self._ask if hold.session.loan is None else self._run
+                if not hold.lost and await ask(hold.session, check_all(hold.holds)):
+                    return
+                why = "the server says that this session has it no more"
+            except DatabaseError as error:
+                if not hold.session.closed:
+                    if error.sqlstate == _FAILED_TRANSACTION:
+                        return  # which ends no lock
+                    raise
+                why = str(error)
         self._lose(hold, why)
         raise LockLost(f"{self._name} was lost while it was held: {hold.lost}")
 
@@ -471,6 +483,8 @@ class Life(ABC, Generic[S]):
         """Remember the loss, and say so at once."""
         if not hold.lost:
             hold.lost = why
+            if hold.watcher is not None:
+                hold.watcher.end()  # its copy of the socket would keep a connection open that is closed here
             log.error("%s was lost while it was held: %s", self._name, why)
             self._tell_of_loss()
 
@@ -479,7 +493,8 @@ class Life(ABC, Generic[S]):
         hold = self._hold
         if self._scope == "session" or hold is None or hold.by != os.getpid():
             return
-        if hold.session.in_transaction is False or not await self._run(hold.session, check_all(hold.holds)):
+        ended = hold.session.closed or hold.session.in_transaction is False
+        if ended or not await self._run(hold.session, check_all(hold.holds)):
             with self._handover:
                 if self._hold is not hold:
                     return

@@ -235,6 +235,8 @@ class AppLock:
     def _grant(self, row: Row) -> Granted | None:
         if _code(row) == _FULL or not _is_granted(row):
             return None
+        if self._names.permits and row[1] is None:
+            raise DatabaseError("the server granted the lock, but did not say which permit of it")
         return Granted(before=self._before, slot=row[1])
 
     def _undo(self) -> Steps[None]:

@@ -154,7 +154,8 @@ class AdvisoryLock:
             raise AlreadyHeld(already_held(own=not self._surroundings.borrowed))
         self._slice_seconds = min(SLICE_SECONDS, 0.9 * opened.deadlock_timeout_seconds)
         # Longer by what the server needs to look.
-        self._long_slice_seconds = opened.deadlock_timeout_seconds + 0.3 if opened.holds_others else None
+        may_deadlock = self._surroundings.borrowed and opened.holds_others
+        self._long_slice_seconds = opened.deadlock_timeout_seconds + 0.3 if may_deadlock else None
         self._application_name = opened.settings[0]
         self._surroundings.found = Settings(*opened.settings)
 
@@ -165,7 +166,7 @@ class AdvisoryLock:
         self._ticket = None
         self.may_hold = True
         try:
-            attempt = Attempt(*(yield around.first(_try_at_once(self._names, around)))[:5])
+            attempt = Attempt(*(yield around.first(_try_at_once(self._names, around)))[:4])
             self._application_name = attempt.before
             granted = attempt.grant()
             if granted is None and timeout != 0:
@@ -238,28 +239,23 @@ class AdvisoryLock:
                 yield from self._join(milliseconds)
             elif self._ticket.predecessor:
                 # And no more: a waiter that is frozen or cut off must not come to hold the lock by this message.
-                (predecessor,) = yield around.errand(_wait_for_turn(self._names, self._ticket, milliseconds))
+                (predecessor,) = yield around.errand(_wait_for_predecessor(self._names, self._ticket, milliseconds))
                 self._ticket = Ticket(self._ticket.number, predecessor)
             else:
-                attempt = Attempt(*(yield around.attempt(self._take_in_turn(milliseconds, locked_out)))[:5])
-                self._ticket = Ticket(self._ticket.number, attempt.predecessor)
+                wait = _wait_for_lock(self._names, milliseconds) if locked_out else ""
+                take = _take_as_head(self._names, self._ticket, around)
+                attempt = Attempt(*(yield around.attempt(wait + take))[:4])
                 if granted := attempt.grant(self._application_name):
                     return granted
-                if not attempt.predecessor:
-                    locked_out = not attempt.admitted
-                    if attempt.admitted:
-                        if message := around.letting_go():
-                            yield message
-                        yield Pause(min(next(pause), milliseconds / 1000))
+                locked_out = not attempt.admitted
+                if attempt.admitted:
+                    if message := around.letting_go():
+                        yield message
+                    yield Pause(min(next(pause), milliseconds / 1000))
             if report and time.monotonic() >= next_report:
                 next_report = time.monotonic() + REPORT_SECONDS
                 report(self.wish, (yield from self.look()))
         return None
-
-    def _take_in_turn(self, milliseconds: int, locked_out: bool) -> str:
-        assert self._ticket is not None  # noqa: S101 - for the type checker
-        take = _take(self._names, self._ticket, self._surroundings)
-        return _wait_for_lock(self._names, milliseconds) + take if locked_out else take
 
     def _join(self, milliseconds: int) -> Steps[None]:
         """Draw a ticket. Where a foreign lock was in its way, whatever part of it was taken is given back."""
@@ -439,7 +435,7 @@ class BorrowedSession(OwnSession):
     borrowed = True
 
     def opening(self, description: str, own_pid: int | None, release_seconds: int) -> str:  # noqa: ARG002
-        return self.attempt(description)  # nothing is set that lasts
+        return self.attempt(description)  # nothing is set that lasts: the arguments are for OwnSession
 
     def attempt(self, text: str) -> str:
         return f"{self._set_local()} {text}"
@@ -476,6 +472,7 @@ class InTransaction(OwnSession):
         self._acquiring = False  # whether there is the savepoint
 
     def opening(self, description: str, own_pid: int | None, release_seconds: int) -> str:  # noqa: ARG002
+        # Nothing is set that lasts: the other arguments are for OwnSession.
         copy = ", ".join(
             f"pg_catalog.set_config('{self.copies}{name}', pg_catalog.current_setting('{name}'), true)"
             for name in ("search_path", "statement_timeout", "lock_timeout")
@@ -560,21 +557,30 @@ class Opened(NamedTuple):
 
 
 def _describe_session(lock: LockNames, around: OwnSession) -> str:
-    """Ask what decides whether the session can be trusted with the lock. The reply is an ``Opened``."""
+    """Ask what decides whether the session can be trusted with the lock. The reply is an ``Opened``.
+
+    A look into pg_locks is what costs the server most, so there is one. It takes the weakest lock only itself.
+    """
     return f"""
         SELECT pg_backend_pid(),
                pg_is_in_recovery(),
                current_setting('transaction_read_only')::boolean,
                current_database()::text,
                current_setting('transaction_isolation'),
-               {_own_lock(lock.key)},
+               own.this,
                extract(epoch FROM current_setting('deadlock_timeout')::interval)::float8,
-               {_holds_others() if around.borrowed else "false"},
+               own.others,
                ARRAY[current_setting('application_name'),
                      current_setting('{around.copies}search_path'),
                      current_setting('{around.copies}statement_timeout'),
                      current_setting('{around.copies}lock_timeout'),
                      current_setting('{around.silence}')]
+        FROM (SELECT count(*) FILTER (WHERE locktype = 'advisory' AND objsubid = 1
+                                        AND classid = {lock.classid} AND objid = {lock.objid}) > 0 AS this,
+                     count(*) FILTER (WHERE locktype IN ('advisory', 'relation', 'transactionid')
+                                        AND mode <> 'AccessShareLock') > 0 AS others
+              FROM pg_locks
+              WHERE pid = pg_backend_pid() AND granted) AS own
     """
 
 
@@ -588,7 +594,6 @@ class Attempt(NamedTuple):
     slot: int | None  # the permit's number
     admitted: bool  # to look for a permit: the lock itself could be taken, but no permit was free
     before: str  # application_name, where it was asked for
-    predecessor: int  # the nearest ticket before the own; where there is one, nothing was attempted
 
     def grant(self, before: str | None = None) -> Granted | None:
         return Granted(self.before if before is None else before, self.slot) if self.granted else None
@@ -601,10 +606,10 @@ def _try_at_once(lock: LockNames, around: OwnSession) -> str:
     """
     return f"""
         WITH arrival AS MATERIALIZED (
-                SELECT current_setting('application_name') AS before, 0 AS predecessor,
+                SELECT current_setting('application_name') AS before,
                        pg_try_advisory{"" if around.scope else "_xact"}_lock({lock.high}, 0) AS may_try),
              {_attempt(lock, around)}
-        SELECT granted, slot, admitted, before, predecessor,
+        SELECT granted, slot, admitted, before,
                CASE WHEN granted THEN {_label("", lock.holding_fields, around)} END
                {f", CASE WHEN may_try THEN pg_advisory_unlock({lock.high}, 0) END" if around.scope else ""}
         FROM attempt
@@ -715,7 +720,7 @@ def _join(lock: LockNames, gate_milliseconds: int) -> str:
 
 
 def _wait_for_predecessor(lock: LockNames, ticket: Ticket, milliseconds: int) -> str:
-    """Wait until the predecessor's ticket is given back, at most for one slice.
+    """Wait until the predecessor's ticket is given back, at most for one slice. The reply is the new predecessor.
 
     The wait is caught inside a DO block: an error that left the message would write two lines into the server's
     log for each slice of each waiter.
@@ -727,12 +732,11 @@ def _wait_for_predecessor(lock: LockNames, ticket: Ticket, milliseconds: int) ->
             PERFORM pg_advisory_xact_lock_shared({lock.high}, {ticket.predecessor});
         EXCEPTION WHEN lock_not_available THEN NULL;
         END $$;
+        SELECT CASE WHEN pg_try_advisory_xact_lock_shared({lock.high}, {ticket.predecessor})
+                    THEN {_last_ticket_below(lock, ticket.number)}
+                    ELSE {ticket.predecessor}
+               END
     """
-
-
-def _wait_for_turn(lock: LockNames, ticket: Ticket, milliseconds: int) -> str:
-    """Wait for the predecessor, and do no more. The reply is the new predecessor."""
-    return f"{_wait_for_predecessor(lock, ticket, milliseconds)} SELECT {_predecessor(lock, ticket)}"
 
 
 def _wait_for_lock(lock: LockNames, milliseconds: int) -> str:
@@ -750,15 +754,12 @@ def _wait_for_lock(lock: LockNames, milliseconds: int) -> str:
     """
 
 
-def _take(lock: LockNames, ticket: Ticket, around: OwnSession) -> str:
-    """Take the lock if this is the head of the queue and it is free. With the grant the ticket goes back."""
+def _take_as_head(lock: LockNames, ticket: Ticket, around: OwnSession) -> str:
+    """Take the lock if it is free. With the grant the ticket goes back, so that the next becomes head."""
     return f"""
-        WITH place AS MATERIALIZED (SELECT {_predecessor(lock, ticket)} AS predecessor),
-             arrival AS MATERIALIZED (
-                SELECT NULL::text AS before, predecessor, predecessor = 0 AS may_try
-                FROM place),
+        WITH arrival AS MATERIALIZED (SELECT NULL::text AS before, true AS may_try),
              {_attempt(lock, around)}
-        SELECT granted, slot, admitted, before, predecessor,
+        SELECT granted, slot, admitted, before,
                CASE WHEN granted THEN pg_advisory_unlock({lock.high}, {ticket.number}) END,
                CASE WHEN granted THEN pg_advisory_unlock_shared({lock.high}, 0) END,
                CASE WHEN granted THEN {_label("", lock.holding_fields, around)} END,
@@ -766,17 +767,6 @@ def _take(lock: LockNames, ticket: Ticket, around: OwnSession) -> str:
                     THEN set_config('{around.silence}', {_quote(around.found.silence)}, {around.local}) END
         FROM attempt
     """
-
-
-def _predecessor(lock: LockNames, ticket: Ticket) -> str:
-    """The nearest ticket below the own, which was waited for already; 0: none."""
-    if not ticket.predecessor:
-        return "0"
-    return f"""
-        CASE WHEN pg_try_advisory_xact_lock_shared({lock.high}, {ticket.predecessor})
-             THEN {_last_ticket_below(lock, ticket.number)}
-             ELSE {ticket.predecessor}
-        END"""
 
 
 # --- who is in the way ------------------------------------------------------------------------------------------
@@ -837,14 +827,6 @@ def _own_lock(key: int) -> str:
     return (
         f"EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1 AND pid = pg_backend_pid()"
         f" AND granted AND classid = {classid} AND objid = {objid})"
-    )
-
-
-def _holds_others() -> str:
-    """Whether the session holds what somebody could wait for. Reading pg_locks itself takes the weakest lock only."""
-    return (
-        "EXISTS (SELECT FROM pg_locks WHERE pid = pg_backend_pid() AND granted"
-        " AND locktype IN ('advisory', 'relation', 'transactionid') AND mode <> 'AccessShareLock')"
     )
 
 

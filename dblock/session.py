@@ -184,14 +184,15 @@ class Session(AnySession):
         Args:
             granted: the lock was held, and given back; otherwise it was not acquired.
         """
-        if self.loan is None:
-            self.close()
-        elif self.busy:
-            self.close()  # a signal's exception left a statement behind, whose outcome nobody will read
+        if self.loan is None or self.busy:
+            self.close()  # busy: an exception left a statement behind, whose outcome nobody will read
         elif not self.closed:
             self.loan.returned()
             if self.loan.began and not granted:
-                self.loan.rollback()
+                try:
+                    self.loan.rollback()
+                except Exception:  # noqa: BLE001 - whatever it was, the transaction may be open
+                    self.close()
 
     def _execute(self, message: Message, meanwhile: Callable[[], None] | None) -> Row:
         if isinstance(message, Pause):
@@ -223,7 +224,10 @@ class AnswerDue:
     """
 
     def __init__(self, descriptor: int) -> None:
-        self._socket = duplicate(descriptor)
+        try:
+            self._socket = duplicate(descriptor)
+        except OSError as error:
+            raise DatabaseError(f"the connection is closed ({error})") from error
         self._expired = False
 
     def expire(self) -> None:

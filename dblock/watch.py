@@ -39,9 +39,13 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="dblock watch", daemon=True)
         self._thread.start()
 
+    def end(self) -> None:
+        """Tell it to end, without waiting for that."""
+        self._stop.close()
+
     async def stop(self) -> None:
         """End it, and wait until it is gone. Never really waits for an event loop: it is a blocking lock's."""
-        self._stop.close()
+        self.end()
         if self._thread is not threading.current_thread():
             self._thread.join()
 

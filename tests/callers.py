@@ -126,7 +126,7 @@ class Caller:
 
 
 def _none(_: str) -> Any:
-    raise NotImplementedError("it has no connection of its own to work on")
+    raise AssertionError("this caller passes no connection on which it could work")
 
 
 def _sa(url: str) -> str:

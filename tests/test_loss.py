@@ -23,6 +23,7 @@ import pytest
 import dblock
 from dblock.driver_psycopg import PsycopgSession
 from dblock.life import release_seconds
+from dblock.lock import Lock
 from dblock.protocol import Conditions, Wish
 from tests.backends import Backend, Postgres
 from tests.pooler import swallower
@@ -142,6 +143,35 @@ def test_asyncio(backend: Backend, engine: str) -> None:
     asyncio.run(main())
 
 
+def test_check_on_a_connection_whose_end_nobody_watched(postgres: Postgres) -> None:
+    lock = Lock(
+        postgres.url, target="web-01", step="b", tenant=None, timeout=None, shared=False, slots=None, scope="session",
+        heartbeat=0, database=None, allow_session_pooler=False, watched=False,
+    )  # fmt: skip
+    lock.acquire()
+    postgres.end(postgres.holders()[0])
+    wait_until(lambda: not lock.held, "the end to be noticed")
+    with pytest.raises(dblock.LockLost, match="the connection is closed"):
+        lock.check()
+    assert lock.lost.is_set()
+    with pytest.raises(dblock.LockLost):
+        lock.release()
+
+
+def test_a_watch_that_is_told_of_a_loss_lets_go_of_its_copy(postgres: Postgres) -> None:
+    """Or the connection would stay open for the server although it is closed here."""
+    lock = dblock.lock(postgres.url, heartbeat=0, **WISH)
+    lock.acquire()
+    hold = lock._hold
+    assert hold is not None
+    hold.session.close()
+    with pytest.raises(dblock.LockLost):
+        lock.check()
+    wait_until(lambda: not watches(), "the watch to be gone")
+    with pytest.raises(dblock.LockLost):
+        lock.release()
+
+
 # --- what the server is told ------------------------------------------------------------------------------------------
 
 
@@ -206,6 +236,33 @@ def test_the_command_is_ended(backend: Backend, engine: str, command: str, outco
     assert first == "dblock: b@web-01 was lost while it was held: the server has ended its connection"
     assert last.endswith(outcome)
     wait_until(lambda: not running_commands("while :; do sleep 0.1; done"), "the last of the group to be gone")
+
+
+def test_a_cancelled_question_does_not_end_the_command(postgres: Postgres) -> None:
+    """Somebody may cancel what the heartbeat asks; that says nothing of the lock."""
+    over = threading.Event()
+
+    def cancel_again_and_again(session: int) -> None:
+        while not over.is_set():
+            postgres.cancel(session)
+
+    command = "echo held; read line; echo done"
+    argv = [sys.executable, "-m", "dblock", "run", "--target", "web-01", "--step", "b", "--heartbeat", "100ms",
+            "--", "sh", "-c", command]  # fmt: skip
+    with subprocess.Popen(
+        argv, env=os.environ | {"DBLOCK_URL": postgres.url}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        canceller = threading.Thread(target=cancel_again_and_again, args=(postgres.holders()[0],))
+        canceller.start()
+        assert not over.wait(2)  # some twenty heartbeats
+        over.set()
+        canceller.join()
+        said, complaint = process.communicate("\n", PATIENCE_SECONDS)
+    assert (process.returncode, said) == (0, "done\n"), complaint
 
 
 def running_commands(part: str) -> list[int]:

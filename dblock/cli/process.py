@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from dblock.cli.messages import say
 from dblock.cli.watcher import Watcher, has_living
-from dblock.errors import LockLost
+from dblock.errors import DatabaseError, LockLost
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -260,17 +260,19 @@ def _is_still_held(lock: Lock) -> bool:
         lock.check()
     except LockLost:
         return False
+    except DatabaseError:
+        return True  # somebody has cancelled the question; there will be another one
     return True
 
 
 def _end(process: subprocess.Popen[bytes], grace: float) -> None:
     """End a process group, all of it. Its first process is asked for last, so that the group's number stays its own."""
     deadline = time.monotonic() + grace
-    os.killpg(process.pid, signal.SIGTERM)
-    os.killpg(process.pid, signal.SIGCONT)
+    _forward(signal.SIGTERM, process.pid)
+    _forward(signal.SIGCONT, process.pid)
     while time.monotonic() < deadline and has_living(process.pid):
         time.sleep(_PAUSE_SECONDS)
-    os.killpg(process.pid, signal.SIGKILL)
+    _forward(signal.SIGKILL, process.pid)
     process.wait()
 
 
