@@ -109,7 +109,7 @@ class PsycopgSession(_OnPsycopg, Session):
                 cursor.execute(_encoded(self._connection, text), prepare=False)
                 rows: list[Row] = []
                 while True:
-                    if cursor.description:
+                    if cursor.pgresult and cursor.pgresult.nfields:  # its description is slow to make
                         rows = cursor.fetchall()
                     if not cursor.nextset():
                         return _decoded(self._connection, rows)
@@ -140,7 +140,7 @@ class AsyncPsycopgSession(_OnPsycopg, AsyncSession):
                 await cursor.execute(_encoded(self._connection, text), prepare=False)
                 rows: list[Row] = []
                 while True:
-                    if cursor.description:
+                    if cursor.pgresult and cursor.pgresult.nfields:
                         rows = await cursor.fetchall()
                     if not cursor.nextset():
                         return _decoded(self._connection, rows)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from urllib.parse import quote, unquote
 
 POSTGRES_BYTES = 63
@@ -44,6 +45,7 @@ class Label:
         return _may_be(self.target, target) and _may_be(self.step, step)
 
 
+@lru_cache(maxsize=256)  # one lock after another has the same names
 def fields(tenant: str | None, target: str, step: str, *, time_width: int, limit: int = POSTGRES_BYTES) -> str:
     """Encode and fit tenant, target and step for the label ``dblock1 TIME TENANT TARGET STEP``.
 

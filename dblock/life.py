@@ -292,13 +292,15 @@ class Life(ABC, Generic[S]):
         raise LockTimeout(f"{_name(busy.wish)} not acquired {waited}: {_in_the_way(busy.wish, busy.look)}")
 
     async def _exit(self, error: BaseException | None) -> None:
+        hold = self._hold
         try:
             await self._release(at_exit=True)
         except (LockLost, LockNotHeld, UnsafeConnection) as lost:
             if error is None:
                 raise
-            # The body's own error is the one to be seen; that the lock was lost too is said beside it.
-            log.error("%s", lost)  # noqa: TRY400 - what, and not where
+            # The body's own error is the one to be seen; that the lock was lost too is said beside it, once.
+            if hold is None or not hold.lost:
+                log.error("%s", lost)  # noqa: TRY400 - what, and not where
 
     async def _acquire(self, timeout: float | None, caller: Hashable) -> Busy | None:
         """Take the lock and return None, or return who is in the way."""

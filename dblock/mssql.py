@@ -130,8 +130,9 @@ class AppLock:
         if opened.mode != "NoLock":
             raise AlreadyHeld(already_held(own=self._own))
 
-    def acquire(self, timeout: float | None, report: Report | None) -> Steps[Granted | Busy]:
+    def acquire(self, conditions: Conditions, timeout: float | None, report: Report | None) -> Steps[Granted | Busy]:
         deadline = None if timeout is None else time.monotonic() + timeout
+        yield from self.open(conditions)
         self._waiting_since = None
         outcome: Granted | Busy | None = None
         self.may_hold = True

@@ -64,6 +64,11 @@ LONG_SLICE_EVERY = 4
 # otherwise keep its ticket, and with it stop everybody behind.
 WAITER_SILENCE_SECONDS = 2
 
+# In which a transaction sees what was committed before the grant.
+_FRESH_ISOLATION = ("read committed", "read uncommitted")
+
+_FOUND = "dblock.found_"  # what the names begin with under which a transaction keeps the caller's settings
+
 # How the server finds out that a client is gone without a word: after a silence, by so many probes at such intervals.
 PROBES = 3
 PROBE_SECONDS = 5
@@ -108,23 +113,23 @@ class AdvisoryLock:
         self._slice_seconds = SLICE_SECONDS
         self._long_slice_seconds: float | None = None
         self._slices = 0
-        self._application_name: Any = ""
+        self._application_name: Any = KEEP_LABEL
+        self._queued = False  # since the first message of the queue was sent
         self._ticket: Ticket | None = None
+        self._may_be_callers = True  # what the session has of the lock, until a reply says that it had none before
 
     def open(self, conditions: Conditions) -> Steps[None]:
-        # A transaction has one backend, whatever stands in between.
-        pooler_ok = conditions.allow_session_pooler or self.wish.in_transaction
-        own_pid = None if pooler_ok else self._client_backend_pid
-        description = _describe_session(self._names, self._surroundings)
+        around = self._surroundings
+        pid = self._trusted_pid(conditions)
         try:
-            row = yield self._surroundings.opening(description, own_pid, conditions.release_seconds)
+            row = yield around.opening(_describe_session(self._names), pid, conditions.release_seconds)
         except BaseException:
-            if message := self._surroundings.reopening():
+            if message := around.reopening():
                 with suppress(DatabaseError):
                     yield message
             raise
         opened = Opened(*row)
-        if opened.backend_pid != self._client_backend_pid and not pooler_ok:
+        if pid is not None and opened.backend_pid != pid:
             raise UnsafeConnection(
                 "a connection pooler stands between here and the server: in transaction or statement mode it gives "
                 "one lock to several callers. Connect to the server itself, or, if the pooler is in session mode for "
@@ -145,31 +150,29 @@ class AdvisoryLock:
                 f"connected to database {opened.database!r}, but {conditions.database!r} was asked for: callers in "
                 f"two databases do not exclude each other"
             )
-        if self.wish.in_transaction and opened.isolation not in ("read committed", "read uncommitted"):
+        if self.wish.in_transaction and opened.isolation not in _FRESH_ISOLATION:
             raise UnsafeConnection(
                 f"the transaction is {opened.isolation.upper()}: it would go on seeing the data as they were before "
                 f"the lock was granted. Use READ COMMITTED"
             )
         if opened.already_held:
-            raise AlreadyHeld(already_held(own=not self._surroundings.borrowed))
-        self._slice_seconds = min(SLICE_SECONDS, 0.9 * opened.deadlock_timeout_seconds)
-        # Longer by what the server needs to look.
-        may_deadlock = self._surroundings.borrowed and opened.holds_others
-        self._long_slice_seconds = opened.deadlock_timeout_seconds + 0.3 if may_deadlock else None
-        self._application_name = opened.settings[0]
-        self._surroundings.found = Settings(*opened.settings)
+            raise self._already_held()
 
-    def acquire(self, timeout: float | None, report: Report | None) -> Steps[Granted | Busy]:
+    def acquire(self, conditions: Conditions, timeout: float | None, report: Report | None) -> Steps[Granted | Busy]:
         deadline = None if timeout is None else time.monotonic() + timeout
-        granted = None
-        around = self._surroundings
+        if not (conditions.database or "").isascii():
+            yield from self.open(conditions)  # the caller's client_encoding may have no such letters
         self._ticket = None
+        self._queued = False
+        self._application_name = KEEP_LABEL
+        self._may_be_callers = True
         self.may_hold = True
+        granted = None
         try:
-            attempt = Attempt(*(yield around.first(_try_at_once(self._names, around)))[:4])
-            self._application_name = attempt.before
-            granted = attempt.grant()
-            if granted is None and timeout != 0:
+            attempt = yield from self._try_at_once(conditions, wait=timeout != 0)
+            if attempt.outcome == GRANTED:
+                granted = Granted(attempt.before, attempt.slot)
+            elif timeout != 0:
                 granted = yield from self._queue(deadline, report)
             if granted is None:
                 return Busy(self.wish, (yield from self.look()))
@@ -216,10 +219,49 @@ class AdvisoryLock:
         session = None if pid is None else f"pid {pid}"
         return Look(held, session, says=name, application=name, host=host, others=others, ahead=ahead)
 
+    def _trusted_pid(self, conditions: Conditions) -> int | None:
+        """The backend which must reply, or None: any may. A transaction has one, whatever stands in between."""
+        any_may = conditions.allow_session_pooler or self.wish.in_transaction
+        return None if any_may else self._client_backend_pid
+
+    def _already_held(self) -> AlreadyHeld:
+        return AlreadyHeld(already_held(own=not self._surroundings.borrowed))
+
+    def _try_at_once(self, conditions: Conditions, *, wait: bool) -> Steps[Attempt]:
+        """Take the lock where the session can be trusted with it, has it not yet, and nobody waits: in one message."""
+        around = self._surroundings
+        pid = self._trusted_pid(conditions)
+        text = _try_at_once(self._names, around, _fit(self.wish, conditions, pid))
+        attempt = Attempt(*(yield around.first(text, pid, conditions.release_seconds))[:4])
+        self._application_name = attempt.before
+        around.found = Settings(*attempt.settings)
+        if attempt.outcome in (UNFIT, ALREADY_HELD) or (attempt.outcome != GRANTED and not wait):
+            # Nothing was taken, and what there is of the lock, or of the queue, is somebody else's.
+            if message := around.withdrawing():
+                yield message
+            self.may_hold = False
+            if attempt.outcome not in (BUSY, FULL):
+                yield from self.open(conditions)  # says what is wrong
+            if attempt.outcome in (UNFIT, ALREADY_HELD):
+                raise UnsafeConnection(
+                    "this session was not fit to be trusted with a lock; now it seems to be: try again"
+                )
+        self._may_be_callers = attempt.outcome == WAITED_FOR
+        return attempt
+
     def _undo(self) -> Steps[None]:
         """Give back whatever there is of this lock. Where that fails too, the end of the session does it."""
+        around = self._surroundings
         try:
-            yield self._surroundings.undoing(_give_back(self._names), self._application_name)
+            # Before the reply to the first message nobody was in the queue. A transaction has its savepoint.
+            if self._queued or self.wish.in_transaction or not self._may_be_callers:
+                give_back = _give_back(self._names, queue_only=self._may_be_callers)
+                yield around.undoing(give_back, self._application_name)
+            if self._may_be_callers and not self.wish.in_transaction:
+                # The message failed that says whether the lock was the caller's before: if it is held, nobody knows.
+                (held,) = yield around.errand(f"SELECT {_own_lock(self._names.key)}")
+                if held:
+                    yield HangUp()
             self.may_hold = False
         except DatabaseError as error:
             # Before the savepoint nothing was taken, and after it only what belongs to the transaction: which has now
@@ -244,11 +286,11 @@ class AdvisoryLock:
             else:
                 wait = _wait_for_lock(self._names, milliseconds) if locked_out else ""
                 take = _take_as_head(self._names, self._ticket, around)
-                attempt = Attempt(*(yield around.attempt(wait + take))[:4])
-                if granted := attempt.grant(self._application_name):
-                    return granted
-                locked_out = not attempt.admitted
-                if attempt.admitted:
+                outcome, slot, *_ = yield around.attempt(wait + take)
+                if outcome == GRANTED:
+                    return Granted(self._application_name, slot)
+                locked_out = outcome == BUSY
+                if outcome == FULL:
                     if message := around.letting_go():
                         yield message
                     yield Pause(min(next(pause), milliseconds / 1000))
@@ -260,13 +302,25 @@ class AdvisoryLock:
     def _join(self, milliseconds: int) -> Steps[None]:
         """Draw a ticket. Where a foreign lock was in its way, whatever part of it was taken is given back."""
         around = self._surroundings
+        self._queued = True
         try:
             arrive = _arrive(self._names, around)
-            self._ticket = Ticket(*(yield around.errand(_join(self._names, milliseconds), lasting=arrive)))
+            arrival = Arrival(*(yield around.errand(_join(self._names, milliseconds), lasting=arrive)))
         except DatabaseError as error:
             if error.sqlstate != _LOCK_NOT_AVAILABLE:
                 raise
-            yield around.errand(_give_back(self._names))
+            yield around.errand(_give_back(self._names, queue_only=True))
+            return
+        if arrival.already_held:
+            yield around.undoing(_give_back(self._names, queue_only=True), self._application_name)
+            self.may_hold = False
+            raise self._already_held()
+        self._may_be_callers = False
+        self._ticket = Ticket(arrival.number, arrival.predecessor)
+        self._slice_seconds = min(SLICE_SECONDS, 0.9 * arrival.deadlock_timeout_seconds)
+        # Longer by what the server needs to look.
+        may_deadlock = around.borrowed and arrival.holds_others
+        self._long_slice_seconds = arrival.deadlock_timeout_seconds + 0.3 if may_deadlock else None
 
     def _slice(self, deadline: float | None) -> int | None:
         """Milliseconds to wait in the next statement; None when the time is over.
@@ -331,13 +385,16 @@ class LockNames:
 
 
 class Settings(NamedTuple):
-    """The session's settings as they were found, as the strings that give them back."""
+    """The caller's settings as they were found, as the strings that give them back.
 
-    application_name: str
-    search_path: str
-    statement_timeout: str
-    lock_timeout: str
-    silence: str
+    None of them is known before the reply to the first message. The last three are set for longer than a message in a
+    transaction only.
+    """
+
+    silence: str = ""
+    search_path: str = ""
+    statement_timeout: str = "0"
+    lock_timeout: str = "0"
 
 
 class OwnSession:
@@ -350,7 +407,6 @@ class OwnSession:
         scope: what the names of the functions that take a lock have in the middle.
         silence: which setting limits how long the session may be silent while it waits.
         borrowed: whether it is the caller's.
-        copies: what the names of settings begin with, under which the message that opens finds the caller's.
         found: the settings before the lock came.
     """
 
@@ -358,14 +414,13 @@ class OwnSession:
     scope = ""
     silence = "idle_session_timeout"
     borrowed = False
-    copies = ""
-    found = Settings("", "", "0", "0", "0")
+    found = Settings()
 
     def __init__(self, server_version: int) -> None:
         self._server_version = server_version
 
-    def opening(self, description: str, own_pid: int | None, release_seconds: int) -> str:
-        """The first message: what the session says of itself.
+    def opening(self, text: str, own_pid: int | None, release_seconds: int) -> str:
+        """A message on a session of which nothing is known yet.
 
         The settings of role and database must not end a wait or an idle holder. search_path comes first: it decides
         which operators and functions every later statement means. Where another backend than own_pid replies, nothing
@@ -391,16 +446,24 @@ class OwnSession:
             SET LOCAL search_path = pg_catalog, pg_temp;
             SELECT set_config(name, value, false) FROM (VALUES {needed}) AS needed(name, value)
             WHERE {"true" if own_pid is None else f"pg_backend_pid() = {own_pid}"};
-            {description}
+            {text}
         """
 
     def reopening(self) -> str:
         """What is to be said when the first message failed, so that the caller's transaction lives on."""
         return ""
 
-    def first(self, text: str) -> str:
-        """The first message whose grant lasts."""
-        return self.attempt(text)
+    def first(self, text: str, own_pid: int | None, release_seconds: int) -> str:
+        """The first message, whose grant lasts. Its settings are found by the names of `finding`."""
+        return self.opening(text, own_pid, release_seconds)
+
+    def finding(self) -> list[str]:
+        """The settings to be found by the first message: its values are a ``Settings``."""
+        return [self.silence]
+
+    def withdrawing(self) -> str:
+        """What is to be said when the first message took nothing, and no other one shall follow."""
+        return ""
 
     def attempt(self, text: str) -> str:
         """A message whose grant lasts."""
@@ -423,9 +486,10 @@ class OwnSession:
         return f"{text}; {self._restore(application_name)}"
 
     def _restore(self, application_name: Any) -> str:
+        silence = self.found.silence
         return f"""
             SELECT {_name(application_name, self.local)},
-                   pg_catalog.set_config('{self.silence}', {_quote(self.found.silence)}, {self.local})
+                   {(silence and f"pg_catalog.set_config('{self.silence}', {_quote(silence)}, {self.local})") or "NULL"}
         """
 
 
@@ -434,8 +498,9 @@ class BorrowedSession(OwnSession):
 
     borrowed = True
 
-    def opening(self, description: str, own_pid: int | None, release_seconds: int) -> str:  # noqa: ARG002
-        return self.attempt(description)  # nothing is set that lasts: the arguments are for OwnSession
+    def opening(self, text: str, own_pid: int | None, release_seconds: int) -> str:  # noqa: ARG002
+        # Nothing is set that lasts: the other arguments are for OwnSession. Nor does it wait, so no timeout matters.
+        return f"{_set_local('search_path')} {text}"
 
     def attempt(self, text: str) -> str:
         return f"{self._set_local()} {text}"
@@ -464,24 +529,19 @@ class InTransaction(OwnSession):
     scope = "_xact"
     silence = "idle_in_transaction_session_timeout"
     borrowed = True
-    copies = "dblock.found_"
+    _FOR_LONG = ("search_path", "statement_timeout", "lock_timeout")  # set until all locks are held
 
     def __init__(self, server_version: int) -> None:
         super().__init__(server_version)
         self._savepoint = f"dblock_{secrets.token_hex(4)}"  # nobody else's name
         self._acquiring = False  # whether there is the savepoint
 
-    def opening(self, description: str, own_pid: int | None, release_seconds: int) -> str:  # noqa: ARG002
+    def opening(self, text: str, own_pid: int | None, release_seconds: int) -> str:  # noqa: ARG002
         # Nothing is set that lasts: the other arguments are for OwnSession.
-        copy = ", ".join(
-            f"pg_catalog.set_config('{self.copies}{name}', pg_catalog.current_setting('{name}'), true)"
-            for name in ("search_path", "statement_timeout", "lock_timeout")
-        )
         return f"""
             SAVEPOINT {self._savepoint};
-            SELECT {copy};
             {self._set_local()}
-            {description};
+            {text};
             ROLLBACK TO SAVEPOINT {self._savepoint};
             RELEASE SAVEPOINT {self._savepoint}
         """
@@ -489,9 +549,20 @@ class InTransaction(OwnSession):
     def reopening(self) -> str:
         return f"ROLLBACK TO SAVEPOINT {self._savepoint}; RELEASE SAVEPOINT {self._savepoint}"
 
-    def first(self, text: str) -> str:
+    def first(self, text: str, own_pid: int | None, release_seconds: int) -> str:  # noqa: ARG002
         self._acquiring = True
-        return f"SAVEPOINT {self._savepoint}; {self._set_local()} {text}"
+        copies = ", ".join(
+            f"pg_catalog.set_config('{_FOUND}{name}', pg_catalog.current_setting('{name}'), true)"
+            for name in self._FOR_LONG
+        )
+        return f"SAVEPOINT {self._savepoint}; SELECT {copies}; {self._set_local()} {text}"
+
+    def finding(self) -> list[str]:
+        return [self.silence, *(f"{_FOUND}{name}" for name in self._FOR_LONG)]
+
+    def withdrawing(self) -> str:
+        self._acquiring = False
+        return self.reopening()
 
     def attempt(self, text: str) -> str:
         return f"ROLLBACK TO SAVEPOINT {self._savepoint}; {self._set_local()} {text}"
@@ -533,7 +604,7 @@ class InTransaction(OwnSession):
 
     def _set_local(self) -> str:
         # Not transaction_timeout: how long the transaction may take is the caller's to say.
-        return _set_local("search_path", "statement_timeout", "lock_timeout")
+        return _set_local(*self._FOR_LONG)
 
 
 def _set_local(*names: str) -> str:
@@ -543,7 +614,7 @@ def _set_local(*names: str) -> str:
 
 
 class Opened(NamedTuple):
-    """What a session says of itself before it is trusted with a lock."""
+    """What a session says of itself, where something is wrong with it."""
 
     backend_pid: int
     in_recovery: bool
@@ -551,86 +622,95 @@ class Opened(NamedTuple):
     database: str
     isolation: str
     already_held: bool
-    deadlock_timeout_seconds: float
-    holds_others: bool
-    settings: list[str]
 
 
-def _describe_session(lock: LockNames, around: OwnSession) -> str:
-    """Ask what decides whether the session can be trusted with the lock. The reply is an ``Opened``.
-
-    A look into pg_locks is what costs the server most, so there is one. It takes the weakest lock only itself.
-    """
+def _describe_session(lock: LockNames) -> str:
+    """Ask what decides whether the session can be trusted with the lock. The reply is an ``Opened``."""
     return f"""
         SELECT pg_backend_pid(),
                pg_is_in_recovery(),
                current_setting('transaction_read_only')::boolean,
                current_database()::text,
                current_setting('transaction_isolation'),
-               own.this,
-               extract(epoch FROM current_setting('deadlock_timeout')::interval)::float8,
-               own.others,
-               ARRAY[current_setting('application_name'),
-                     current_setting('{around.copies}search_path'),
-                     current_setting('{around.copies}statement_timeout'),
-                     current_setting('{around.copies}lock_timeout'),
-                     current_setting('{around.silence}')]
-        FROM (SELECT count(*) FILTER (WHERE locktype = 'advisory' AND objsubid = 1
-                                        AND classid = {lock.classid} AND objid = {lock.objid}) > 0 AS this,
-                     count(*) FILTER (WHERE locktype IN ('advisory', 'relation', 'transactionid')
-                                        AND mode <> 'AccessShareLock') > 0 AS others
-              FROM pg_locks
-              WHERE pid = pg_backend_pid() AND granted) AS own
+               {_own_lock(lock.key)}
     """
+
+
+def _fit(wish: Wish, conditions: Conditions, own_pid: int | None) -> str:
+    """Whether the session can be trusted with the lock, in the words of `_describe_session`."""
+    checks = ["NOT pg_is_in_recovery()", "NOT current_setting('transaction_read_only')::boolean"]
+    if own_pid is not None:
+        checks.append(f"pg_backend_pid() = {own_pid}")
+    if conditions.database is not None and conditions.database.isascii():
+        checks.append(f"current_database()::text = {_quote(conditions.database)}")
+    if wish.in_transaction:
+        checks.append(f"current_setting('transaction_isolation') IN ({', '.join(map(_quote, _FRESH_ISOLATION))})")
+    return " AND ".join(checks)
 
 
 # --- take, and give back ----------------------------------------------------------------------------------------
 
 
+# The outcomes of one attempt.
+UNFIT = "unfit"  # the session cannot be trusted
+WAITED_FOR = "waited for"  # others came before
+ALREADY_HELD = "already held"  # by this session
+BUSY = "busy"  # the lock itself is not free
+FULL = "full"  # no permit is
+GRANTED = "granted"
+
+
 class Attempt(NamedTuple):
-    """What became of one attempt to take the lock."""
+    """What became of the first attempt to take the lock."""
 
-    granted: bool
+    outcome: str
     slot: int | None  # the permit's number
-    admitted: bool  # to look for a permit: the lock itself could be taken, but no permit was free
-    before: str  # application_name, where it was asked for
-
-    def grant(self, before: str | None = None) -> Granted | None:
-        return Granted(self.before if before is None else before, self.slot) if self.granted else None
+    before: str  # application_name
+    settings: list[str]
 
 
-def _try_at_once(lock: LockNames, around: OwnSession) -> str:
+def _try_at_once(lock: LockNames, around: OwnSession, fit: str) -> str:
     """Take the lock if it is free and nobody waits for it: holding (h, 0) for a moment proves that nobody does.
 
     Within the caller's transaction that moment must not last until the transaction ends.
+
+    Args:
+        lock: the names.
+        around: whose session it is.
+        fit: whether the session can be trusted with the lock.
     """
+    conditions = f"""
+                WHEN NOT ({fit}) THEN '{UNFIT}'
+                WHEN NOT pg_try_advisory{"" if around.scope else "_xact"}_lock({lock.high}, 0) THEN '{WAITED_FOR}'
+                WHEN {_own_lock(lock.key)} THEN '{ALREADY_HELD}'
+    """
+    leave_queue = f", CASE WHEN outcome NOT IN ('{UNFIT}', '{WAITED_FOR}') THEN pg_advisory_unlock({lock.high}, 0) END"
     return f"""
-        WITH arrival AS MATERIALIZED (
+        WITH found AS MATERIALIZED (
                 SELECT current_setting('application_name') AS before,
-                       pg_try_advisory{"" if around.scope else "_xact"}_lock({lock.high}, 0) AS may_try),
-             {_attempt(lock, around)}
-        SELECT granted, slot, admitted, before,
-               CASE WHEN granted THEN {_label("", lock.holding_fields, around)} END
-               {f", CASE WHEN may_try THEN pg_advisory_unlock({lock.high}, 0) END" if around.scope else ""}
-        FROM attempt
+                       ARRAY[{", ".join(f"current_setting('{name}')" for name in around.finding())}] AS settings),
+             {_attempt(lock, around, conditions)}
+        SELECT outcome, slot, before, settings,
+               CASE outcome WHEN '{GRANTED}' THEN {_label("", lock.holding_fields, around)} END
+               {leave_queue if around.scope else ""}
+        FROM found, attempt
     """
 
 
-def _attempt(lock: LockNames, around: OwnSession) -> str:
-    """Take the lock where ``arrival`` may try to, in its shape. Where no permit is free, the lock itself goes back."""
-    take = f"CASE WHEN may_try THEN pg_try_advisory{around.scope}_lock{lock.mode}({lock.key}) ELSE false END"
+def _attempt(lock: LockNames, around: OwnSession, conditions: str = "") -> str:
+    """Take the lock where no condition comes before, in its shape. Where no permit is free, the lock goes back."""
+    take = f"""
+                SELECT CASE
+                {conditions}
+                WHEN pg_try_advisory{around.scope}_lock{lock.mode}({lock.key}) THEN '{GRANTED}'
+                ELSE '{BUSY}' END AS outcome
+    """
     if lock.slots is None:
-        return f"""
-             attempt AS MATERIALIZED (
-                SELECT arrival.*, {take} AS granted, NULL::int AS slot, false AS admitted
-                FROM arrival)
-        """
+        return f"attempt AS MATERIALIZED ({take}, NULL::int AS slot)"
     return f"""
-             entry AS MATERIALIZED (
-                SELECT arrival.*, {take} AS admitted
-                FROM arrival),
+             entry AS MATERIALIZED ({take}),
              choice AS MATERIALIZED (
-                SELECT entry.*, CASE WHEN admitted THEN (
+                SELECT outcome, CASE outcome WHEN '{GRANTED}' THEN (
                             SELECT (place - 1)::int
                             FROM unnest(ARRAY[{", ".join(map(str, lock.permits))}]::bigint[])
                                  WITH ORDINALITY AS permit(key, place)
@@ -638,14 +718,16 @@ def _attempt(lock: LockNames, around: OwnSession) -> str:
                             LIMIT 1) END AS slot
                 FROM entry),
              attempt AS MATERIALIZED (
-                SELECT choice.*, slot IS NOT NULL AS granted
+                SELECT CASE WHEN outcome = '{GRANTED}' AND slot IS NULL THEN '{FULL}' ELSE outcome END AS outcome, slot
                        {"" if around.scope else f", {_unlock_where_full(lock)}"}
                 FROM choice)
     """
 
 
 def _unlock_where_full(lock: LockNames) -> str:
-    return f"CASE WHEN admitted AND slot IS NULL THEN pg_advisory_unlock_shared({lock.key}) END AS left_again"
+    return (
+        f"CASE WHEN outcome = '{GRANTED}' AND slot IS NULL THEN pg_advisory_unlock_shared({lock.key}) END AS left_again"
+    )
 
 
 def _release(lock: LockNames, granted: Granted) -> str:
@@ -661,8 +743,8 @@ def _release(lock: LockNames, granted: Granted) -> str:
     """
 
 
-def _give_back(lock: LockNames) -> str:
-    """Give back whatever pg_locks shows of this lock, its permits and its queue as this session's.
+def _give_back(lock: LockNames, *, queue_only: bool) -> str:
+    """Give back whatever pg_locks shows of this lock's queue as this session's; and of the lock and its permits.
 
     An error does not mean "not held": where a cancel meets the grant, the statement fails and the lock stays. So
     the server is asked, rather than the client's memory.
@@ -677,8 +759,8 @@ def _give_back(lock: LockNames) -> str:
                      CASE WHEN objid::bigint < 2147483648 THEN objid::bigint::int END AS low
               FROM pg_locks
               WHERE locktype = 'advisory' AND granted AND pid = pg_backend_pid()) AS own
-        WHERE objsubid = 1 AND key IN ({", ".join(map(str, (*lock.permits, lock.key)))})
-           OR objsubid = 2 AND classid = {lock.classid} AND low IS NOT NULL
+        WHERE objsubid = 2 AND classid = {lock.classid} AND low IS NOT NULL
+              {"" if queue_only else f"OR objsubid = 1 AND key IN ({', '.join(map(str, (*lock.permits, lock.key)))})"}
     """
 
 
@@ -692,6 +774,16 @@ class Ticket(NamedTuple):
     predecessor: int
 
 
+class Arrival(NamedTuple):
+    """What a waiter learns as it joins the queue. Where it has the lock already, it has not joined."""
+
+    number: int
+    predecessor: int
+    already_held: bool
+    holds_others: bool
+    deadlock_timeout_seconds: float
+
+
 def _arrive(lock: LockNames, around: OwnSession) -> str:
     """Label the session as a waiter's, and let the server end it should it fall silent."""
     return f"""
@@ -701,21 +793,33 @@ def _arrive(lock: LockNames, around: OwnSession) -> str:
 
 
 def _join(lock: LockNames, gate_milliseconds: int) -> str:
-    """Draw the next ticket, under the gate. The reply is a ``Ticket``.
+    """Draw the next ticket, under the gate. The reply is an ``Arrival``.
 
     The gate is held within this message only, so waiting for it is short, unless somebody foreign holds it: then
-    this ends after gate_milliseconds with 55P03, before anything was taken.
+    this ends after gate_milliseconds with 55P03, before anything was taken. A look into pg_locks is what costs the
+    server most, so there is one. It takes the weakest lock only itself.
     """
     return f"""
         SET LOCAL lock_timeout = '{gate_milliseconds}ms';
         SELECT pg_advisory_xact_lock({lock.high}, -1);
-        WITH last AS MATERIALIZED (SELECT {_last_ticket_below(lock, 2147483647)} AS number),
+        WITH queue AS MATERIALIZED (
+                SELECT coalesce(max(objid::bigint) FILTER (WHERE {_is_ticket(lock)} AND objid::bigint < 2147483647), 0)
+                           AS last,
+                       count(*) FILTER (WHERE {_is_own_lock(lock.key)}) > 0 AS already_held,
+                       count(*) FILTER (WHERE pid = pg_backend_pid() AND mode <> 'AccessShareLock'
+                                          AND locktype IN ('advisory', 'relation', 'transactionid')
+                                          AND (classid, objsubid) IS DISTINCT FROM ({lock.classid}, 2)
+                       ) > 0 AS holds_others
+                FROM pg_locks
+                WHERE granted),
              mine AS MATERIALIZED (
-                SELECT number + 1 AS number, number AS predecessor,
-                       pg_advisory_lock({lock.high}, (number + 1)::int)::text,
-                       pg_advisory_lock_shared({lock.high}, 0)::text
-                FROM last)
-        SELECT number, predecessor FROM mine
+                SELECT queue.*,
+                       CASE WHEN NOT already_held THEN pg_advisory_lock({lock.high}, (last + 1)::int)::text END,
+                       CASE WHEN NOT already_held THEN pg_advisory_lock_shared({lock.high}, 0)::text END
+                FROM queue)
+        SELECT last + 1, last, already_held, holds_others,
+               extract(epoch FROM current_setting('deadlock_timeout')::interval)::float8
+        FROM mine
     """
 
 
@@ -757,13 +861,12 @@ def _wait_for_lock(lock: LockNames, milliseconds: int) -> str:
 def _take_as_head(lock: LockNames, ticket: Ticket, around: OwnSession) -> str:
     """Take the lock if it is free. With the grant the ticket goes back, so that the next becomes head."""
     return f"""
-        WITH arrival AS MATERIALIZED (SELECT NULL::text AS before, true AS may_try),
-             {_attempt(lock, around)}
-        SELECT granted, slot, admitted, before,
-               CASE WHEN granted THEN pg_advisory_unlock({lock.high}, {ticket.number}) END,
-               CASE WHEN granted THEN pg_advisory_unlock_shared({lock.high}, 0) END,
-               CASE WHEN granted THEN {_label("", lock.holding_fields, around)} END,
-               CASE WHEN granted
+        WITH {_attempt(lock, around)}
+        SELECT outcome, slot,
+               CASE outcome WHEN '{GRANTED}' THEN pg_advisory_unlock({lock.high}, {ticket.number}) END,
+               CASE outcome WHEN '{GRANTED}' THEN pg_advisory_unlock_shared({lock.high}, 0) END,
+               CASE outcome WHEN '{GRANTED}' THEN {_label("", lock.holding_fields, around)} END,
+               CASE outcome WHEN '{GRANTED}'
                     THEN set_config('{around.silence}', {_quote(around.found.silence)}, {around.local}) END
         FROM attempt
     """
@@ -823,10 +926,14 @@ def _quote(text: str) -> str:
 
 
 def _own_lock(key: int) -> str:
+    return f"EXISTS (SELECT FROM pg_locks WHERE {_is_own_lock(key)})"
+
+
+def _is_own_lock(key: int) -> str:
     classid, objid, _ = Key(key).postgres
     return (
-        f"EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1 AND pid = pg_backend_pid()"
-        f" AND granted AND classid = {classid} AND objid = {objid})"
+        f"locktype = 'advisory' AND objsubid = 1 AND pid = pg_backend_pid() AND granted"
+        f" AND classid = {classid} AND objid = {objid}"
     )
 
 

@@ -166,7 +166,7 @@ class ServerLock(Protocol):
     may_hold: bool  # from the first attempt until it is known that nothing of the lock is held
 
     def open(self, conditions: Conditions) -> Steps[None]:
-        """Make the session ready for the lock, or refuse it.
+        """Refuse the session where no lock can be trusted on it, and before anything is taken.
 
         Raises:
             UnsafeConnection: no lock could be trusted on it.
@@ -174,16 +174,18 @@ class ServerLock(Protocol):
         """
         ...
 
-    def acquire(self, timeout: float | None, report: Report | None) -> Steps[Granted | Busy]:
+    def acquire(self, conditions: Conditions, timeout: float | None, report: Report | None) -> Steps[Granted | Busy]:
         """Take the lock: at once if it is free and nobody waits, otherwise in the queue.
 
         Unless this returns ``Granted`` nothing of it is held, or the session is closed.
 
         Args:
+            conditions: what the caller says of the connection.
             timeout: seconds to wait; None: without limit; 0: do not wait.
             report: is told who is in the way; None: nobody wants to know.
 
         Raises:
+            UnsafeConnection, AlreadyHeld: as `open` does, before any waiting.
             LockDeadlock: the server chose this wait as a deadlock's victim.
             DatabaseError: the server refused or cancelled a statement.
         """
@@ -238,11 +240,11 @@ def acquire_all(
     taken: list[tuple[ServerLock, Granted]] = []
     complete = False
     try:
-        for lock in locks:
-            yield from lock.open(conditions)
+        for lock in locks[1:]:
+            yield from lock.open(conditions)  # before the first one is waited for
         for lock in locks:
             remaining = deadline and max(0.0, deadline - time.monotonic())
-            outcome = yield from lock.acquire(remaining if taken else timeout, report)
+            outcome = yield from lock.acquire(conditions, remaining if taken else timeout, report)
             if isinstance(outcome, Busy):
                 return outcome
             taken.append((lock, outcome))

@@ -25,7 +25,7 @@ import dblock
 from dblock.connect import connect
 from dblock.demo.server import Server, postgres_server
 from dblock.life import check_timeout
-from dblock.protocol import Granted, Wish
+from dblock.protocol import Conditions, Granted, Wish
 from tests.support import wait_until
 
 KEY = dblock.key("web-01", "b")
@@ -325,12 +325,15 @@ def test_the_bodys_error_comes_through(url: str, observer: Connection) -> None:
     assert locks(observer) == []
 
 
+@pytest.mark.parametrize("told_before", [False, True])
 def test_the_bodys_error_is_not_hidden_by_the_loss(
-    url: str, observer: Connection, caplog: pytest.LogCaptureFixture
+    url: str, observer: Connection, caplog: pytest.LogCaptureFixture, told_before: bool
 ) -> None:
-    with pytest.raises(BodyError), lock(url):
+    with pytest.raises(BodyError), lock(url) as ours:
         terminate_holder(observer)
         wait_until(lambda: locks(observer) == [], "the lock to be gone")
+        if told_before:
+            assert ours.lost.wait(PATIENCE_SECONDS)
         raise BodyError
     (record,) = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert record.name == "dblock"
@@ -935,7 +938,7 @@ def test_an_uncontended_lock_costs_two_round_trips(server: Server) -> None:
         advisory_lock = session.lock(Wish(KEY, "web-01", "b", "T1"))
         ((pid,),) = session.rows("SELECT pg_backend_pid()")
         before = messages(server, pid)
-        granted = session.run(advisory_lock.acquire(600, print))
+        granted = session.run(advisory_lock.acquire(Conditions(), 600, print))
         assert isinstance(granted, Granted)
         assert messages(server, pid) == before + 1
         assert session.run(advisory_lock.release(granted)) is True
@@ -946,12 +949,12 @@ def test_an_uncontended_lock_costs_two_round_trips(server: Server) -> None:
 
 
 @pytest.mark.parametrize("timeout", [None, 0, 600])
-def test_with_its_connection_it_costs_three(server: Server, timeout: float | None) -> None:
+def test_a_connection_of_its_own_costs_no_round_trip_more(server: Server, timeout: float | None) -> None:
     with psycopg.connect(server.url, autocommit=True) as observer:
         with lock(server.url, tenant="T1", timeout=timeout) as ours:
             pid = holder(observer)["pid"]
             assert ours.held  # asks the socket, not the server
-            assert messages(server, pid) == 2
-        assert messages(server, pid) == 3
+            assert messages(server, pid) == 1
+        assert messages(server, pid) == 2
         wait_until(lambda: not sessions(observer, pid), "the connection to be closed")
-        assert messages(server, pid) == 3
+        assert messages(server, pid) == 2

@@ -52,11 +52,10 @@ class OneSession:
         self.connection = psycopg.connect(url, autocommit=True, prepare_threshold=None)
         self._session = PsycopgSession(self.connection)
         self._lock = self._session.lock(Wish(KEY, "web-01", "b", "T1"))
-        self._session.run(self._lock.open(Conditions()))
         self._granted: Granted | None = None
 
     def acquire(self, timeout: float | None) -> bool:
-        outcome = self._session.run(self._lock.acquire(timeout, lambda *_: None))
+        outcome = self._session.run(self._lock.acquire(Conditions(), timeout, lambda *_: None))
         self._granted = outcome if isinstance(outcome, Granted) else None
         return self._granted is not None
 

@@ -242,9 +242,9 @@ def test_one_deadline_for_all_targets(postgres: Postgres, monkeypatch: pytest.Mo
     given: list[float | None] = []
     acquire = AdvisoryLock.acquire
 
-    def acquire_and_note(self: AdvisoryLock, timeout: float | None, report: Any) -> Any:
+    def acquire_and_note(self: AdvisoryLock, conditions: Any, timeout: float | None, report: Any) -> Any:
         given.append(timeout)
-        return acquire(self, timeout, report)
+        return acquire(self, conditions, timeout, report)
 
     monkeypatch.setattr(AdvisoryLock, "acquire", acquire_and_note)
     targets = sorted(("web-01", "web-02"), key=lambda target: dblock.key(target, "b").value)

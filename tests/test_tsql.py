@@ -26,10 +26,12 @@ IN_TRANSACTION = replace(SLOTS, in_transaction=True)
 def said(wish: Wish, *, own: bool) -> dict[str, str]:
     """All that is said of one lock, by the order in which it is yielded."""
     lock = mssql.AppLock(wish, own=own)
-    opening = lock.open(Conditions())
-    found = {"prepare": str(next(opening))}
-    acquiring = lock.acquire(None, lambda *_: None)
-    found["take"] = str(next(acquiring))
+    acquiring = lock.acquire(Conditions(), None, lambda *_: None)
+    found = {"prepare": str(next(acquiring))}
+    transactions = int(wish.in_transaction)
+    found["take"] = str(
+        acquiring.send(mssql.Opened(57, "shared", "READ_WRITE", transactions, transactions, 2, 5496, None, 0, "NoLock"))
+    )
     found["look"] = str(acquiring.send((-1, None)))
     waiting = acquiring.send((1, 0, 61, b"dblock1 1 T1 web-01 b", "app", "octo-7", 3))
     found["wait"] = waiting.text if isinstance(waiting, Wait) else ""
@@ -46,7 +48,6 @@ def said(wish: Wish, *, own: bool) -> dict[str, str]:
         found["label"] = str(releasing.send(("Shared", "Exclusive") if wish.in_transaction else (0,)))
         releasing.send(())
     found["check"] = str(next(lock.check(granted)))
-    opening.close()
     return found
 
 

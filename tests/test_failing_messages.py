@@ -1,0 +1,138 @@
+"""Whichever message fails, and whether the server ran it or not: nothing is left, and nothing is taken from the caller.
+
+The server, its sessions and what they hold are real. Only the failing is made here: the driver's answer is thrown away,
+or the text is never sent. Aimed tries find some of these moments (``test_races.py``); here is each of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import psycopg
+import pytest
+from psycopg.pq import TransactionStatus
+
+import dblock
+from dblock.driver_psycopg import PsycopgSession
+from dblock.errors import DatabaseError
+from dblock.protocol import Busy, Conditions, Granted, Row, Wish, acquire_all
+from dblock.session import Loan
+from tests.support import wait_until
+
+Connection = psycopg.Connection[Any]
+
+WISH = Wish(dblock.key("web-01", "b"), "web-01", "b", "T1")
+SHAPES = {"exclusive": WISH, "shared": replace(WISH, shared=True), "slots": replace(WISH, slots=2)}
+WISHES = {
+    **{f"{shape}, session": wish for shape, wish in SHAPES.items()},
+    **{f"{shape}, transaction": replace(wish, in_transaction=True) for shape, wish in SHAPES.items()},
+}
+MOST_MESSAGES = 12
+
+
+class Failing(PsycopgSession):
+    """A session one of whose messages fails: the so-and-so-many-th, before or after the server had it."""
+
+    def __init__(self, connection: Connection, loan: Loan | None, fails: int, *, sent: bool) -> None:
+        super().__init__(connection, loan)
+        self._fails = fails
+        self._sent = sent
+        self.said = 0
+
+    def rows(self, text: str) -> list[Row]:
+        self.said += 1
+        if self.said == self._fails and not self._sent:
+            raise DatabaseError("never sent")
+        rows = super().rows(text)
+        if self.said == self._fails:
+            raise DatabaseError("the reply is lost")
+        return rows
+
+
+def held_by(observer: Connection, pid: int) -> list[tuple[Any, ...]]:
+    return observer.execute(
+        "SELECT classid, objid, objsubid, mode FROM pg_locks WHERE locktype = 'advisory' AND pid = %s", (pid,)
+    ).fetchall()
+
+
+def outcome_of(session: Failing, wish: Wish, timeout: float | None) -> Granted | Busy | BaseException:
+    try:
+        outcome = session.run(acquire_all([session.lock(wish)], Conditions(), timeout, lambda *_: None))
+    except dblock.Error as error:
+        return error
+    return outcome if isinstance(outcome, Busy) else outcome[0][1]
+
+
+class Situation(NamedTuple):
+    """What an acquire meets: a lock of the caller's own, somebody else, and a message that fails."""
+
+    held_before: bool
+    in_the_way: str
+    fails: int
+    sent: bool
+
+
+@pytest.mark.parametrize("sent", [False, True], ids=["never sent", "reply lost"])
+@pytest.mark.parametrize("in_the_way", ["nobody", "a holder", "a waiter"])
+@pytest.mark.parametrize("held_before", [False, True], ids=["not held before", "held before"])
+@pytest.mark.parametrize("wish", WISHES)
+def test_each_message_of_an_acquire(url: str, wish: str, held_before: bool, in_the_way: str, sent: bool) -> None:
+    endings = set()
+    for timeout in (0, 0.05):
+        for fails in range(1, MOST_MESSAGES):
+            ending, said = one_try(url, WISHES[wish], timeout, Situation(held_before, in_the_way, fails, sent))
+            endings.add(ending)
+            if said < fails:
+                break
+        else:
+            pytest.fail(f"an acquire has more than {MOST_MESSAGES} messages")
+    assert "DatabaseError" in endings
+    assert endings & {"AlreadyHeld"} if held_before else endings & {"Granted", "Busy"}
+
+
+def one_try(url: str, wish: Wish, timeout: float, situation: Situation) -> tuple[str, int]:
+    """Acquire. Return how it ended, and how many messages there were."""
+    held_before, in_the_way, fails, sent = situation
+    key, high = wish.key.value, wish.key.value >> 32
+    with (
+        psycopg.connect(url, autocommit=True) as observer,
+        psycopg.connect(url, autocommit=True) as other,
+        psycopg.connect(url, autocommit=True) as connection,
+    ):
+        pid = connection.info.backend_pid
+        if held_before:
+            connection.execute("SELECT pg_advisory_lock_shared(%s)", (key,))
+        if in_the_way == "a waiter":
+            other.execute("SELECT pg_advisory_lock(%s::int, 1), pg_advisory_lock_shared(%s::int, 0)", (high, high))
+        elif in_the_way == "a holder":
+            other.execute(f"SELECT pg_advisory_lock{'_shared' if held_before else ''}({key})")
+        connection.execute("SET application_name = 'mine'")
+        connection.execute("SET idle_in_transaction_session_timeout = '50s'")
+        if wish.in_transaction:
+            connection.execute("BEGIN")
+        own = held_by(observer, pid)
+        session = Failing(connection, Loan(connection, began=False, rollback=connection.rollback), fails, sent=sent)
+        outcome = outcome_of(session, wish, timeout)
+        failed = session.said >= fails
+
+        if isinstance(outcome, Granted):
+            assert not failed
+            assert not held_before
+            assert in_the_way == "nobody"
+        elif held_before and not failed:
+            assert isinstance(outcome, dblock.AlreadyHeld)
+        if connection.closed:
+            # A message was lost which may have taken what the caller had before, or was to give something back.
+            assert failed
+            wait_until(lambda: not held_by(observer, pid), "the end of the session")
+        elif not isinstance(outcome, Granted):
+            assert held_by(observer, pid) == own
+            if connection.info.transaction_status == TransactionStatus.INERROR:
+                assert failed
+                connection.rollback()
+            assert connection.execute("SHOW application_name").fetchone() == ("mine",)
+            assert connection.execute("SHOW idle_session_timeout").fetchone() == ("0",)
+            assert connection.execute("SHOW idle_in_transaction_session_timeout").fetchone() == ("50s",)
+            assert connection.execute("SHOW search_path").fetchone() == ('"$user", public',)
+        return type(outcome).__name__, session.said
