@@ -3,7 +3,8 @@
 #     make demo       six tenants on two targets, on a throw-away PostgreSQL; the picture lands in .demo/
 #     make test       linting, typing and the tests, on a throw-away PostgreSQL
 #
-# Everything they need goes into .venv. PYTHON=… chooses the interpreter, PYTEST_ARGS=… is handed to pytest.
+# Everything they need goes into .venv. PYTHON=… chooses the interpreter, PYTEST_ARGS=… is handed to pytest: -n 0 runs
+# the tests one after the other.
 
 PYTHON ?=
 PYTEST_ARGS ?=
@@ -24,7 +25,7 @@ test: .venv/with-everything
 	.venv/bin/ruff check dblock tests benchmarks
 	.venv/bin/ruff format --check dblock tests benchmarks
 	.venv/bin/mypy
-	.venv/bin/pytest $(PYTEST_ARGS)
+	.venv/bin/pytest -n 4 --dist loadgroup $(PYTEST_ARGS)
 
 # The picture in the README.
 picture: .venv/with-demo

@@ -91,8 +91,12 @@ def parse(label: str) -> Label | None:
 
 
 def printable(text: str) -> str:
-    r"""Return the text with everything that a terminal or a log could act on shown as an escape (``\\x1b``)."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    r"""Return the text with everything that a terminal or a log could act on shown as an escape (``\\x1b``).
+
+    So is the second of two ``#``: Octopus Deploy acts on ``##octopus``, wherever it stands in what a step prints.
+    """
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    return re.sub("(?<=#)#", r"\\x23", shown)
 
 
 def _may_be(kept: str, name: str) -> bool:

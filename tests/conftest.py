@@ -86,13 +86,16 @@ def mssql(mssql_url: str) -> Iterator[SqlServer]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that need a SQL Server, for -m."""
+    """Mark the tests that need a SQL Server, for -m; and let only one process at a time use a server that was given."""
     for item in items:
+        if "DBLOCK_TEST_POSTGRES_URL" in os.environ:
+            item.add_marker(pytest.mark.xdist_group("a given server"))
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
         if {"mssql", "mssql_url"} & set(getattr(item, "fixturenames", ())) or any(
             value == "mssql" or getattr(value, "engine", None) == "mssql" for value in parameters
         ):
             item.add_marker("mssql")
+            item.add_marker(pytest.mark.xdist_group("a given server"))
 
 
 @pytest.fixture
@@ -121,26 +124,20 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reasons = Counter(report.longrepr[2] for report in terminalreporter.getreports("skipped"))
     for reason, number in reasons.items():
         terminalreporter.write_line(f"{number} tests: {reason}")
-    _write_matrix(terminalreporter, terminalreporter.config.stash.get(_MATRIX, {}))
+    passed = [dict(report.user_properties).get("matrix") for report in terminalreporter.getreports("passed")]
+    _write_matrix(terminalreporter, {tuple(cell) for cell in passed if cell})
 
 
-def _write_matrix(terminalreporter: pytest.TerminalReporter, passed: dict[tuple[str, str], str]) -> None:
+def _write_matrix(terminalreporter: pytest.TerminalReporter, passed: set[tuple[str, ...]]) -> None:
     """Show the product of callers and shapes."""
-    if not passed:
+    from tests.callers import CALLERS, SHAPES
+
+    callers = [name for name in map(str, CALLERS) if any(caller == name for caller, _ in passed)]
+    if not callers:
         return
-    shapes = list(dict.fromkeys(shape for _, shape in passed))
-    width = max(len(caller) for caller, _ in passed)
+    width = max(map(len, callers))
     terminalreporter.write_sep("-", "callers and shapes")
-    terminalreporter.write_line(f"{'':{width}}  " + "  ".join(shapes))
-    for caller in dict.fromkeys(caller for caller, _ in passed):
-        cells = (f"{passed.get((caller, shape), '-'):{len(shape)}}" for shape in shapes)
+    terminalreporter.write_line(f"{'':{width}}  " + "  ".join(SHAPES))
+    for caller in callers:
+        cells = (f"{'passed' if (caller, shape) in passed else '-':{len(shape)}}" for shape in SHAPES)
         terminalreporter.write_line(f"{caller:{width}}  " + "  ".join(cells).rstrip())
-
-
-_MATRIX = pytest.StashKey[dict[tuple[str, str], str]]()
-
-
-@pytest.fixture
-def matrix(request: pytest.FixtureRequest) -> dict[tuple[str, str], str]:
-    """What passed of the product of callers and shapes, for the summary."""
-    return request.config.stash.setdefault(_MATRIX, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 
@@ -19,3 +20,8 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = PATI
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds:g} s in vain for {what}"
         time.sleep(_PAUSE_SECONDS)
+
+
+def rounds(default: int) -> int:
+    """How often a test repeats what needs luck to go wrong: DBLOCK_TEST_ROUNDS, for those who have the time."""
+    return int(os.environ.get("DBLOCK_TEST_ROUNDS", default))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import threading
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 
 import dblock
 from tests.backends import Backend, Postgres, SqlServer
-from tests.support import wait_until
+from tests.support import rounds, wait_until
 
 ENGINES = ["postgres", "mssql"]
 WISH: dict[str, Any] = {"target": "web-01", "step": "b"}
@@ -144,14 +143,14 @@ def test_cancellations_aimed_at_the_grant(postgres: Postgres, kind: str, shape: 
 
     DBLOCK_TEST_ROUNDS=167 makes it 1000 in all.
     """
-    rounds = int(os.environ.get("DBLOCK_TEST_ROUNDS", "60"))
+    tries = rounds(40)
     outcomes = {"held": 0, "cancelled": 0}
 
     async def main() -> None:
         async with await psycopg.AsyncConnection.connect(postgres.url, autocommit=kind != "transaction") as connection:
             db: Any = postgres.url if kind == "URL" else connection
             scope = "transaction" if kind == "transaction" else "session"
-            for _ in range(rounds):
+            for _ in range(tries):
                 await one(alock(db, scope=scope, **shape), connection)
 
     async def one(waiter: dblock.AsyncLock, connection: psycopg.AsyncConnection[Any]) -> None:

@@ -195,7 +195,9 @@ def test_a_label_may_name_what_it_kept_of_the_names() -> None:
     ("\x9b31m\x85\xad", r"\x9b31m\x85\xad"),
     ("\u202eright to left\u2028\ufeff\u200b", r"\u202eright to left\u2028\ufeff\u200b"),
     ("\ud800", r"\ud800"),
-    ("##octopus[x", "##octopus[x"),
+    ("##octopus[x", r"#\x23octopus[x"),
+    ("#" * 5, r"#\x23\x23\x23\x23"),
+    ("#1 a#b", "#1 a#b"),
     ("", ""),
 ])  # fmt: skip
 def test_printable(text: str, shown: str) -> None:

@@ -19,9 +19,9 @@ from pymssql import _mssql
 import dblock
 from tests.backends import SqlServer
 from tests.doors import COMMAND_MSSQL, MSSQL_DOORS, PYTHON_MSSQL, Door, Wish
-from tests.support import PATIENCE_SECONDS, wait_until
+from tests.support import PATIENCE_SECONDS, rounds, wait_until
 
-ROUNDS = int(os.environ.get("DBLOCK_TEST_ROUNDS", "20"))  # races; each takes a new connection, slow on Babelfish
+ROUNDS = rounds(20)  # races; each takes a new connection, slow on Babelfish
 
 
 def lock(mssql: SqlServer, tenant: str = "T1", timeout: float | None = PATIENCE_SECONDS) -> dblock.Lock:

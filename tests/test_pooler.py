@@ -19,7 +19,7 @@ import dblock
 from dblock.inspect import entries
 from tests.doors import COMMAND, PYTHON, SQL, Door, Wish, set_wishes
 from tests.pooler import forwarder, pgbouncer
-from tests.support import PATIENCE_SECONDS, wait_until
+from tests.support import PATIENCE_SECONDS, rounds, wait_until
 
 ACQUIRE = (SQL / "acquire.sql").read_text()
 RELEASE = (SQL / "release.sql").read_text()
@@ -196,7 +196,7 @@ def test_a_forwarder_is_no_pooler(url: str, observer: Connection, door: Door) ->
 
 CLIENTS = 3
 SERVER_CONNECTIONS = 2  # fewer than clients, so that they share
-ROUNDS = 1000
+ROUNDS = rounds(300)
 
 ASTRAY = "22023"  # dblock.target is not set
 # By the script itself; and what a client meets whose connection to the server another one's failure has ended.

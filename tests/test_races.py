@@ -1,4 +1,6 @@
-"""A timed or cancelled acquire never lies: thousands of tries in which its end is aimed at the moment of the grant.
+"""A timed or cancelled acquire never lies: tries in which its end is aimed at the moment of the grant.
+
+A few hundred each; DBLOCK_TEST_ROUNDS=3000 makes it thousands.
 
 After each try what was reported is compared with what another session sees in pg_locks. The aim follows the outcomes,
 so that it stays where both are about equally frequent, on a fast machine and on a slow one.
@@ -19,7 +21,7 @@ import pytest
 import dblock
 from dblock.driver_psycopg import PsycopgSession
 from dblock.protocol import Conditions, Granted, Wish
-from tests.support import wait_until
+from tests.support import rounds, wait_until
 
 KEY = dblock.key("web-01", "b")
 TIMEOUT_SECONDS = 0.008
@@ -269,19 +271,19 @@ def race_cancel(caller: Caller, holder: Holder, witness: Witness, tries: int) ->
 
 
 def test_timeout_meets_grant(one_session: OneSession, holder: Holder, witness: Witness) -> None:
-    race_timeout(one_session, holder, witness, 2700)
+    race_timeout(one_session, holder, witness, rounds(300))
 
 
 def test_timeout_meets_grant_through_the_public_lock(public_lock: PublicLock, holder: Holder, witness: Witness) -> None:
-    race_timeout(public_lock, holder, witness, 300)
+    race_timeout(public_lock, holder, witness, rounds(100))
 
 
 def test_cancel_meets_grant(one_session: OneSession, holder: Holder, witness: Witness) -> None:
-    race_cancel(one_session, holder, witness, 2700)
+    race_cancel(one_session, holder, witness, rounds(300))
 
 
 def test_cancel_meets_grant_through_the_public_lock(public_lock: PublicLock, holder: Holder, witness: Witness) -> None:
-    race_cancel(public_lock, holder, witness, 300)
+    race_cancel(public_lock, holder, witness, rounds(100))
 
 
 def test_the_drivers_cancel_meets_grant(public_lock: PublicLock, holder: Holder, witness: Witness) -> None:
@@ -294,7 +296,7 @@ def test_the_drivers_cancel_meets_grant(public_lock: PublicLock, holder: Holder,
         public_lock.connection.cancel_safe()
 
     with ThreadPoolExecutor() as pool:
-        for _ in range(300):
+        for _ in range(rounds(100)):
             holder.hold()
             cancelled = pool.submit(cancel_when_waiting)
             reported = report(public_lock, None)

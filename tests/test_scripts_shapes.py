@@ -19,7 +19,7 @@ import pytest
 import dblock
 from tests import hostile
 from tests.doors import DRIVER, PSQL, SQL, Door, Wish, set_wishes
-from tests.support import PATIENCE_SECONDS, wait_until
+from tests.support import PATIENCE_SECONDS, rounds, wait_until
 
 ACQUIRE = (SQL / "acquire.sql").read_text()
 RELEASE = (SQL / "release.sql").read_text()
@@ -539,7 +539,7 @@ def test_cancel_aimed_at_the_grant(connect: Connect, observer: Connection, shape
     random, tally = Random(3), {True: 0, False: 0}
     held = EXCLUSIVE if shape == "shared" else SHAPES[shape]
     holder = connect()
-    for _ in range(100):
+    for _ in range(rounds(60)):
         acquire(holder, held)
         waiter = connect()
         errors: list[psycopg.Error] = []

@@ -18,7 +18,7 @@ import dblock
 from tests import hostile
 from tests.doors import SQL, Wish, set_wishes
 from tests.pooler import pgbouncer
-from tests.support import PATIENCE_SECONDS, wait_until
+from tests.support import PATIENCE_SECONDS, rounds, wait_until
 from tests.test_scripts_shapes import (
     ACQUIRE,
     EXCLUSIVE,
@@ -440,7 +440,7 @@ def test_cancel_aimed_at_the_grant(
     """
     random, tally, wish = Random(7), Counter[bool](), SHAPES[shape]
     holder, waiter = connect(), connect()
-    for _ in range(100):
+    for _ in range(rounds(60)):
         begin(holder, EXCLUSIVE if shape == "shared" else wish)
         if waiter.closed or explained:
             waiter = connect()

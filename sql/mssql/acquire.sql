@@ -689,6 +689,8 @@ BEGIN TRY
                              THEN CONCAT(N' and ', @dblock_others, CASE @dblock_others WHEN 1 THEN N' other' ELSE N' others' END)
                              END) END,
                 CASE WHEN @dblock_ahead > 0 THEN CONCAT(N'; ', @dblock_ahead, N' ahead') END);
+            -- Octopus Deploy acts on ##octopus, wherever it stands in what a step prints.
+            SET @dblock_obstacle = REPLACE(@dblock_obstacle, N'##', N'#?');
 
             IF @dblock_result = -1
                 SELECT @dblock_error = 51001,

@@ -50,7 +50,7 @@ SET NOCOUNT ON;
 DECLARE @now datetime2(0) = DATEADD(second, DATEDIFF(second, '2020-01-01', SYSUTCDATETIME()), '2020-01-01');
 
 -- What is not shown: controls; soft hyphen; directions, separators and other characters without a shape; halves of characters;
--- tags; what is no character.
+-- tags; what is no character. Nor the second of two #, since Octopus Deploy obeys ##octopus.
 DECLARE @hidden table (low int, high int);
 INSERT INTO @hidden (low, high)
 VALUES (0, 31), (127, 159), (173, 173), (1564, 1564), (6158, 6158), (8203, 8207), (8232, 8239), (8288, 8303),
@@ -460,25 +460,26 @@ described AS (
 
 SELECT CASE WHEN d.waiting = 1 THEN N'waiting' ELSE N'held' END AS state,
        CAST(d.position AS bigint) AS position,
-       d.target,
-       d.step,
-       d.tenant,
+       REPLACE(d.target, N'##', N'#%23') AS target,
+       REPLACE(d.step,   N'##', N'#%23') AS step,
+       REPLACE(d.tenant, N'##', N'#%23') AS tenant,
        CAST(d.since AS datetimeoffset(0)) AS since,
        DATEDIFF_BIG(second, d.since, @now) AS seconds,
        CASE WHEN d.session > 0 THEN d.session END AS pid,
-       host.shown AS host,
-       login.shown AS [user],
+       REPLACE(host.shown,  N'##', N'#?') AS host,
+       REPLACE(login.shown, N'##', N'#?') AS [user],
        CASE WHEN d.waiting = 1 THEN NULL
             WHEN d.session > 0 THEN N'KILL ' + CAST(d.session AS nvarchar(11))
             WHEN d.lost IS NOT NULL THEN N'KILL ''' + CAST(d.lost AS nvarchar(36)) + N''''
        END AS to_free,
        d.mode,
        d.lock_key AS [key],
-       CASE WHEN d.lock_key IS NULL THEN N'application lock ' + elsewhere.shown
+       CASE WHEN d.lock_key IS NULL THEN N'application lock ' + REPLACE(elsewhere.shown, N'##', N'#?')
             WHEN d.target IS NOT NULL THEN N'dblock'
             ELSE N'dblock, names unknown'
        END AS lock,
-       CASE WHEN d.lost IS NOT NULL THEN N'distributed transaction ' + CAST(d.lost AS nvarchar(36)) ELSE program.shown
+       CASE WHEN d.lost IS NOT NULL THEN N'distributed transaction ' + CAST(d.lost AS nvarchar(36))
+            ELSE REPLACE(program.shown, N'##', N'#?')
        END AS application,
        CASE WHEN d.waiting = 1
             THEN NULLIF(REPLACE(LTRIM(RTRIM(REPLACE(

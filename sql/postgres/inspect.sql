@@ -30,7 +30,8 @@ Columns
     blocked_by      the pids of the holders and of those ahead; 0: a prepared transaction
 
 Whatever cannot be known, or not by this role, is empty. Texts come from other people's sessions: characters that a terminal
-would obey or not show are replaced, those in names by %XX as in the label; outside UTF-8 all beyond ASCII.
+would obey or not show are replaced, those in names by %XX as in the label; outside UTF-8 all beyond ASCII. So is the second
+of two #, since Octopus Deploy obeys ##octopus.
 
 Operators are written in full, since a schema of the search_path may define its own. No statement but this one is needed, so
 search_path is left alone.
@@ -275,14 +276,14 @@ SELECT CASE WHEN d.waiting THEN 'waiting' ELSE 'held' END AS state,
        CASE WHEN d.ticket IS NOT NULL
             THEN pg_catalog.count(d.ticket) OVER (PARTITION BY d.classid ORDER BY d.ticket)
        END AS position,
-       d.target,
-       d.step,
-       d.tenant,
+       pg_catalog.replace(d.target, '##', '#%23') AS target,
+       pg_catalog.replace(d.step,   '##', '#%23') AS step,
+       pg_catalog.replace(d.tenant, '##', '#%23') AS tenant,
        d.since,
        pg_catalog.floor(EXTRACT(epoch FROM here.now OPERATOR(pg_catalog.-) d.since))::bigint AS seconds,
        d.pid,
-       pg_catalog.regexp_replace(d.host, here.hidden, '?', 'g') AS host,
-       pg_catalog.regexp_replace(d.role, here.hidden, '?', 'g') AS "user",
+       pg_catalog.replace(pg_catalog.regexp_replace(d.host, here.hidden, '?', 'g'), '##', '#?') AS host,
+       pg_catalog.replace(pg_catalog.regexp_replace(d.role, here.hidden, '?', 'g'), '##', '#?') AS "user",
        d.to_free,
        CASE WHEN d.slot IS NOT NULL THEN pg_catalog.concat('slot ', d.slot)
             WHEN d.shared THEN 'shared'
@@ -290,7 +291,7 @@ SELECT CASE WHEN d.waiting THEN 'waiting' ELSE 'held' END AS state,
        END AS mode,
        d.key,
        d.lock,
-       pg_catalog.regexp_replace(d.application, here.hidden, '?', 'g') AS application,
+       pg_catalog.replace(pg_catalog.regexp_replace(d.application, here.hidden, '?', 'g'), '##', '#?') AS application,
        CASE WHEN d.waiting
             THEN pg_catalog.array_remove(
                      pg_catalog.array_agg(COALESCE(d.pid, 0)) OVER (turns ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING),
