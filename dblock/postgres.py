@@ -189,7 +189,7 @@ class AdvisoryLock:
         return granted
 
     def settle(self) -> Steps[None]:
-        if message := self._surroundings.settling():
+        if message := self._surroundings.settling(waited=self._queued):
             yield message
 
     def withdraw(self) -> Steps[None]:
@@ -477,20 +477,25 @@ class OwnSession:
         """What is to be said so that nothing is kept of an attempt in vain."""
         return ""
 
-    def settling(self) -> str:
-        """What is to be said when all of the locks that were asked for are held."""
-        return ""
+    def settling(self, *, waited: bool) -> str:
+        """What is to be said when all of the locks that were asked for are held: that the caller knows of it.
+
+        From now on the session may be silent, where it was told otherwise because it had to wait.
+        """
+        return f"SELECT {self._own_silence()}" if waited else ""
 
     def undoing(self, text: str, application_name: Any) -> str:
         """A message after which nothing is left of an acquire, not even where a message before it failed."""
         return f"{text}; {self._restore(application_name)}"
 
     def _restore(self, application_name: Any) -> str:
-        silence = self.found.silence
-        return f"""
-            SELECT {_name(application_name, self.local)},
-                   {(silence and f"pg_catalog.set_config('{self.silence}', {_quote(silence)}, {self.local})") or "NULL"}
-        """
+        return f"SELECT {_name(application_name, self.local)}, {self._own_silence()}"
+
+    def _own_silence(self) -> str:
+        """Let the session be silent for as long as it could before."""
+        if not self.found.silence:
+            return "NULL"  # nothing was found, nothing was set
+        return f"pg_catalog.set_config('{self.silence}', {_quote(self.found.silence)}, {self.local})"
 
 
 class BorrowedSession(OwnSession):
@@ -581,13 +586,14 @@ class InTransaction(OwnSession):
     def letting_go(self) -> str:
         return f"ROLLBACK TO SAVEPOINT {self._savepoint}"
 
-    def settling(self) -> str:
+    def settling(self, *, waited: bool) -> str:
         self._acquiring = False
         found = self.found
         return f"""
             SELECT set_config('search_path', {_quote(found.search_path)}, true),
                    set_config('statement_timeout', {_quote(found.statement_timeout)}, true),
-                   set_config('lock_timeout', {_quote(found.lock_timeout)}, true);
+                   set_config('lock_timeout', {_quote(found.lock_timeout)}, true),
+                   {self._own_silence() if waited else "NULL"};
             RELEASE SAVEPOINT {self._savepoint}
         """
 
@@ -859,15 +865,16 @@ def _wait_for_lock(lock: LockNames, milliseconds: int) -> str:
 
 
 def _take_as_head(lock: LockNames, ticket: Ticket, around: OwnSession) -> str:
-    """Take the lock if it is free. With the grant the ticket goes back, so that the next becomes head."""
+    """Take the lock if it is free. With the grant the ticket goes back, so that the next becomes head.
+
+    The session is still ended if it falls silent: whoever is frozen or cut off in this message must not keep the lock.
+    """
     return f"""
         WITH {_attempt(lock, around)}
         SELECT outcome, slot,
                CASE outcome WHEN '{GRANTED}' THEN pg_advisory_unlock({lock.high}, {ticket.number}) END,
                CASE outcome WHEN '{GRANTED}' THEN pg_advisory_unlock_shared({lock.high}, 0) END,
-               CASE outcome WHEN '{GRANTED}' THEN {_label("", lock.holding_fields, around)} END,
-               CASE outcome WHEN '{GRANTED}'
-                    THEN set_config('{around.silence}', {_quote(around.found.silence)}, {around.local}) END
+               CASE outcome WHEN '{GRANTED}' THEN {_label("", lock.holding_fields, around)} END
         FROM attempt
     """
 

@@ -167,17 +167,26 @@ def holder(url: str) -> Iterator[Holder]:
 
 
 class Aim:
-    """A moment, in microseconds, that drifts towards where both outcomes are equally frequent."""
+    """A moment, in microseconds, that drifts towards where both outcomes are equally frequent.
+
+    Fast until the outcome changes for the first time.
+    """
 
     def __init__(self, start: float, *, spread: float, step: float) -> None:
         self._centre, self._spread, self._step = start, spread, step
+        self._first: bool | None = None
+        self._stride = 10.0
         self._random = Random(3)
 
     def next(self) -> float:
         return self._centre + self._random.uniform(-self._spread, self._spread)
 
     def learn(self, *, too_late: bool) -> None:
-        self._centre += -self._step if too_late else self._step
+        if self._first is None:
+            self._first = too_late
+        elif too_late is not self._first:
+            self._stride = 1.0
+        self._centre += self._step * self._stride * (-1 if too_late else 1)
 
 
 # --- who looks --------------------------------------------------------------------------------------------------------
