@@ -1,12 +1,13 @@
-"""Who holds and who waits, for people: the answer of ``sql/ENGINE/inspect.sql``, as objects.
+"""Who holds and who waits, for people, and how a holder is ended: what ``inspect.sql`` and ``force_release.sql`` say.
 
-The query exists once for each engine, as the script that a DBA runs. Here it runs in a session of its own, so what is
+They exist once for each engine, as the scripts that a DBA runs. Here they run in a session of their own, so what is
 seen does not depend on the caller's transaction.
 """
 
 from __future__ import annotations
 
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from dblock.scripts import script
 
 if TYPE_CHECKING:
     from dblock.connect import Source
+    from dblock.names import Key
+    from dblock.session import Session
 
 
 @dataclass(frozen=True)
@@ -84,12 +87,86 @@ def entries(db: Source, *, database: str | None = None) -> list[Entry]:
         DatabaseError: the database cannot be reached, or refused the query.
         ValueError: db cannot be read.
     """
-    with closing(connect(check_source(db))) as session:
+    with _asking(db, database) as session:
         engine = session.engine
-        ((connected_to,),) = session.rows(engine.current_database)
+        found = session.rows(engine.inspect_settings + script(f"{engine.name}/inspect"))
+        return [Entry(*engine.entry_row(row)) for row in found]
+
+
+@dataclass(frozen=True)
+class Holder:
+    """One holder of a lock, or why there is none; in the order of the script's columns.
+
+    Attributes:
+        outcome: what happened, or what to do next.
+        pid: the session's process on the server; None where there is none to end.
+        host: where its client runs.
+        user: its role.
+        application: dblock's label, or the name of its program.
+        since: when the lock was granted, as the label says.
+        activity: what the session does; None where this role may not see it.
+        query_start: since when.
+        key: the lock's number.
+        mode: ``exclusive`` or ``shared``.
+    """
+
+    outcome: str
+    pid: int | None
+    host: str | None
+    user: str | None
+    application: str | None
+    since: datetime | None
+    activity: str | None
+    query_start: datetime | None
+    key: int | None
+    mode: str | None
+
+    @property
+    def ended(self) -> bool:
+        return self.outcome.startswith("ended")
+
+    @property
+    def forbidden(self) -> bool:
+        """Whether this role may not end it."""
+        return "you may not end" in self.outcome
+
+
+def force_release(db: Source, key: Key, *, end: int | None = None, database: str | None = None) -> list[Holder]:
+    """Show who holds a lock; and end one of these sessions, only if it still holds that lock.
+
+    Args:
+        db: as for `entries`; the primary server.
+        key: the lock's.
+        end: the session to end, by its pid; None: only look.
+        database: the database it must be, or None.
+
+    Returns:
+        An entry for each holder, the one that was to be ended first; or one that says why there is none.
+
+    Raises:
+        UnsafeConnection: it is another database.
+        DatabaseError: the database cannot be reached, or refused the query.
+        ValueError: db cannot be read.
+    """
+    with _asking(db, database) as session:
+        engine = session.engine
+        session.rows(engine.inspect_settings + engine.release_settings(key, "" if end is None else str(end)))
+        return [Holder(*row) for row in session.rows(script(f"{engine.name}/force_release"))]
+
+
+def to_end(db: Source, key: Key, pid: int) -> str:
+    """The statement with which somebody who may do so ends a session, only while it holds the lock."""
+    with _asking(db, None) as session:
+        return session.engine.to_end(key, pid)
+
+
+@contextmanager
+def _asking(db: Source, database: str | None) -> Iterator[Session]:
+    """A session to ask on, in the database that it must be."""
+    with closing(connect(check_source(db))) as session:
+        ((connected_to,),) = session.rows(session.engine.current_database)
         if database is not None and connected_to != database:
             raise UnsafeConnection(
                 f"connected to database {connected_to!r}, but {database!r} was asked for: its locks are not seen here"
             )
-        found = session.rows(engine.inspect_settings + script(f"{engine.name}/inspect"))
-        return [Entry(*engine.entry_row(row)) for row in found]
+        yield session

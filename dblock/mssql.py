@@ -70,6 +70,14 @@ ENGINE = Engine(
     current_database="SELECT DB_NAME()",
     inspect_settings="",
     entry_row=_entry_row,
+    release_settings=lambda key, confirm: (
+        f"EXEC sys.sp_set_session_context N'dblock.key', N'{key.value}';"
+        f" EXEC sys.sp_set_session_context N'dblock.confirm', N'{int(confirm) if confirm else ''}';"
+    ),
+    to_end=lambda key, session: (
+        f"IF EXISTS (SELECT * FROM sys.dm_tran_locks AS l WHERE {_is_lock(key.mssql)}"
+        f" AND l.request_session_id = {session}) KILL {session}"
+    ),
 )
 
 

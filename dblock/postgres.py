@@ -84,6 +84,15 @@ ENGINE = Engine(
         SET LOCAL search_path = pg_catalog, pg_temp;
     """,
     entry_row=lambda row: row,
+    release_settings=lambda key, confirm: (
+        f"SELECT set_config('dblock.target', '', false), set_config('dblock.step', '', false),"
+        f" set_config('dblock.key', '{key.value}', false), set_config('dblock.confirm', {_quote(confirm)}, false)"
+    ),
+    to_end=lambda key, pid: (
+        f"SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_locks WHERE pid = {pid} AND granted"
+        f" AND locktype = 'advisory' AND objsubid = 1 AND classid = {key.postgres.classid}"
+        f" AND objid = {key.postgres.objid}"
+    ),
 )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import dblock
+from dblock.cli import COMMANDS
 
 DBLOCK = (sys.executable, "-m", "dblock")
 VECTORS: dict[str, Any] = json.loads(Path(__file__).with_name("key-vectors.json").read_text("utf-8"))
@@ -88,7 +89,7 @@ def test_refused_names(command: str, vector: dict[str, str]) -> None:
 
 USAGE = {
     "no command at all": ((), "must be a command"),
-    "an unknown command": (("lock",), "run, status, key, sql, demo"),
+    "an unknown command": (("lock",), "run, status, doctor, force-release, key, sql, demo"),
     "an option before the command": (("--json", "key"), "must be a command"),
     "an unknown option": (("key", *NAMES, "--colour=red"), "--colour"),
     "an abbreviated option": (("key", "--targ", "web-01", "--step", "b"), "--targ"),
@@ -218,7 +219,7 @@ def test_version_and_help() -> None:
     assert version.stdout.startswith(b"dblock ")
     overview = dblock_command("--help")
     assert overview.returncode == 0, overview.stderr
-    for command in ("run", "status", "key", "sql", "demo"):
+    for command in COMMANDS:
         assert command in overview.stdout.decode()
         described = dblock_command(command, "--help")
         assert (described.returncode, described.stderr) == (0, b"")

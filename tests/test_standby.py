@@ -15,6 +15,7 @@ from psycopg.conninfo import make_conninfo
 
 import dblock
 from dblock.demo.server import Server, _account, _guarded_directory, postgres_server
+from dblock.doctor import examine
 from dblock.inspect import entries
 from tests.doors import DOORS, SQL, Door, Wish, set_wishes
 from tests.support import wait_until
@@ -92,6 +93,12 @@ def test_standby_is_refused(primary: Server, standby: Server, door: Door, held: 
     assert locks(standby) == []
     if held:
         caller.release()
+
+
+def test_the_doctor_says_so(standby: Server) -> None:
+    found = {finding.check: finding for finding in examine(standby.url)}
+    assert (found["primary"].result, found["exclusion"].result) == ("bad", "bad")
+    assert "hot standby" in found["exclusion"].says
 
 
 def test_why_standbys_are_refused(primary: Server, standby: Server) -> None:

@@ -19,7 +19,7 @@ from dblock.cli.messages import say
 from dblock.cli.options import UsageError
 from dblock.errors import AlreadyHeld, DatabaseError, LockDeadlock, LockLost, LockTimeout, UnsafeConnection
 
-COMMANDS = ("run", "status", "key", "sql", "demo")
+COMMANDS = ("run", "status", "doctor", "force-release", "key", "sql", "demo")
 
 # The contract's exit codes, which are those of sysexits.h where it has a fitting one. The first match counts.
 CONFLICT = 75
@@ -141,7 +141,7 @@ def _parser(own: list[str]) -> _Parser:
         # What stands there instead may be a URL with a password, and is not repeated.
         raise UsageError(f"the first argument must be a command: {', '.join(COMMANDS)} (see dblock --help)")
     for name in wanted:
-        import_module(f"dblock.cli.{name}").add(commands)
+        import_module(f"dblock.cli.{name.replace('-', '_')}").add(commands)
     return parser
 
 

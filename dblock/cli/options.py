@@ -20,7 +20,7 @@ class UsageError(ValueError):
     """The command line, or the environment in its place, cannot be understood. Exit code 64."""
 
 
-def add_connection(parser: argparse.ArgumentParser) -> None:
+def add_database(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which database, for `url`."""
     parser.add_argument(
         "--url",
@@ -28,6 +28,11 @@ def add_connection(parser: argparse.ArgumentParser) -> None:
         "password (default: DBLOCK_URL, which may hold one)",
     )
     parser.add_argument("--database", metavar="NAME", help="the database it must be; any other is refused")
+
+
+def add_connection(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which database it is, and what stands in between."""
+    add_database(parser)
     parser.add_argument(
         "--allow-session-pooler",
         action="store_true",
