@@ -7,7 +7,7 @@ come to its end, be it a release or the giving back after a cancelled wait, runs
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from functools import wraps
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -34,6 +34,7 @@ def alock(
     target: str | Sequence[str],
     step: str,
     tenant: str | None = None,
+    label: Mapping[str, str] | None = None,
     timeout: float | None = None,
     shared: bool = False,
     slots: int | None = None,
@@ -54,6 +55,7 @@ def alock(
         target: as for `dblock.lock`, as is everything below.
         step: …
         tenant: …
+        label: …
         timeout: …
         shared: …
         slots: …
@@ -75,6 +77,7 @@ def alock(
         target=target,
         step=step,
         tenant=tenant,
+        label=label,
         timeout=timeout,
         shared=shared,
         slots=slots,
@@ -163,7 +166,7 @@ class AsyncLock(Life[AsyncSession]):
             raise
 
     async def _connect(self) -> AsyncSession:
-        return await connect_async(self._db, self._scope)
+        return await connect_async(self._db, self._scope, self._comment)
 
     async def _run(self, session: AsyncSession, steps: Steps[T], *, may_report: bool = False) -> T:
         return await session.run(steps, self._report_from_outside if may_report else None)
@@ -194,7 +197,7 @@ class AsyncLock(Life[AsyncSession]):
     async def _look_from_outside(self, lock: ServerLock) -> Look | None:
         if is_callers(self._db):
             return None
-        another = await connect_async(self._db, self._scope)
+        another = await connect_async(self._db, self._scope, self._comment)
         try:
             return await another.run(lock.look())
         finally:

@@ -62,10 +62,10 @@ _PACKAGES = ("psycopg", "pymssql", "sqlalchemy")
 class _Driver(Protocol):
     """What a module ``dblock.driver_…`` of a driver offers."""
 
-    def connect(self, url: str) -> Session: ...
+    def connect(self, url: str, program: str = "") -> Session: ...
     def adopt(self, connection: Any) -> Session: ...
     def borrow(self, connection: Any, scope: Scope) -> Session: ...
-    async def connect_async(self, url: str) -> AsyncSession: ...
+    async def connect_async(self, url: str, program: str = "") -> AsyncSession: ...
     async def adopt_async(self, connection: Any) -> AsyncSession: ...
     def borrow_async(self, connection: Any, scope: Scope) -> AsyncSession: ...
     def translate(self, error: BaseException) -> DatabaseError: ...
@@ -102,20 +102,27 @@ def is_callers(db: object) -> bool:
     return type(db).__name__ not in ("Engine", "AsyncEngine") or _package_of(db) != "sqlalchemy"
 
 
-def connect(db: Source, scope: Scope = "session") -> Session:
+def connect(db: Source, scope: Scope = "session", comment: str = "") -> Session:
     """Open a connection of the lock's own, or take the caller's.
 
     Args:
         db: see `dblock.lock`.
         scope: how long the lock shall last.
+        comment: what is told of the caller to those who look at the session; see `dblock.label.comment`.
 
     Raises:
         DatabaseError: the database cannot be reached, or the driver is missing.
         ValueError: the URL or conninfo string cannot be read.
         UnsafeConnection: no lock can be trusted on what the caller gave.
     """
+    session = _connect(db, scope, comment)
+    session.comment = comment
+    return session
+
+
+def _connect(db: Source, scope: Scope, comment: str) -> Session:
     if isinstance(db, str):
-        return _driver_for(db).connect(db)
+        return _driver_for(db).connect(db, comment)
     package = _package_of(db)
     if package == "sqlalchemy":
         from dblock import driver_sqlalchemy
@@ -130,10 +137,16 @@ def connect(db: Source, scope: Scope = "session") -> Session:
     return _new_connections_driver(connection).adopt(connection)
 
 
-async def connect_async(db: AsyncSource, scope: Scope = "session") -> AsyncSession:
+async def connect_async(db: AsyncSource, scope: Scope = "session", comment: str = "") -> AsyncSession:
     """Open a connection for asyncio, or take the caller's, as `connect` does."""
+    session = await _connect_async(db, scope, comment)
+    session.comment = comment
+    return session
+
+
+async def _connect_async(db: AsyncSource, scope: Scope, comment: str) -> AsyncSession:
     if isinstance(db, str):
-        return await _driver_for(db).connect_async(db)
+        return await _driver_for(db).connect_async(db, comment)
     package = _package_of(db)
     if package == "sqlalchemy":
         from dblock import driver_sqlalchemy

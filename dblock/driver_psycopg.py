@@ -86,6 +86,10 @@ class _OnPsycopg(AnySession):
     def alive(self) -> bool:
         return _alive(self._connection)
 
+    def _commented(self, text: str) -> str:
+        # At the beginning: of a long statement the server shows no more than that.
+        return f"/*{self.comment}*/ {text}" if self.comment else text
+
 
 class PsycopgSession(_OnPsycopg, Session):
     """A psycopg connection, spoken to in the simple protocol."""
@@ -106,7 +110,7 @@ class PsycopgSession(_OnPsycopg, Session):
             with psycopg.Cursor(self._connection, row_factory=tuple_row) as cursor:
                 # Without parameters and not prepared: the simple protocol, the only one that takes several
                 # statements in one message.
-                cursor.execute(_encoded(self._connection, text), prepare=False)
+                cursor.execute(_encoded(self._connection, self._commented(text)), prepare=False)
                 rows: list[Row] = []
                 while True:
                     if cursor.pgresult and cursor.pgresult.nfields:  # its description is slow to make
@@ -137,7 +141,7 @@ class AsyncPsycopgSession(_OnPsycopg, AsyncSession):
         _refuse_pipeline(self._connection)
         try:
             async with psycopg.AsyncCursor(self._connection, row_factory=tuple_row) as cursor:
-                await cursor.execute(_encoded(self._connection, text), prepare=False)
+                await cursor.execute(_encoded(self._connection, self._commented(text)), prepare=False)
                 rows: list[Row] = []
                 while True:
                     if cursor.pgresult and cursor.pgresult.nfields:
@@ -154,11 +158,12 @@ class AsyncPsycopgSession(_OnPsycopg, AsyncSession):
 # --- the lock's own connection ----------------------------------------------------------------------------------------
 
 
-def connect(conninfo: str) -> Session:
+def connect(conninfo: str, program: str = "") -> Session:  # noqa: ARG001 - each statement has a comment here
     """Open a connection.
 
     Args:
         conninfo: a URL or a conninfo string.
+        program: what is told of the caller at the login, where the engine knows of no other place.
 
     Raises:
         DatabaseError: the database cannot be reached, or psycopg is missing.
@@ -174,7 +179,7 @@ def connect(conninfo: str) -> Session:
         raise _not_connected(error, password) from None
 
 
-async def connect_async(conninfo: str) -> AsyncSession:
+async def connect_async(conninfo: str, program: str = "") -> AsyncSession:  # noqa: ARG001
     """Open a connection for asyncio, as `connect` does."""
     import_driver("psycopg", "postgres")
     import psycopg

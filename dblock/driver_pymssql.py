@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 # would end a wait for a lock by closing the connection.
 _OPTIONS = ("appname", "encryption", "login_timeout", "tds_version")
 
+_PROGRAM_NAME_CHARACTERS = 128
+
 # How long after the deadline the server's own word is waited for: it ends the wait in good order, and says so. Without
 # it the connection must be closed, which a caller would mind more than a wait that is a little long.
 _SERVER_GRACE_SECONDS = 0.02
@@ -154,17 +156,20 @@ class PymssqlSession(Session):
             raise
 
 
-def connect(url: str) -> PymssqlSession:
+def connect(url: str, program: str = "") -> PymssqlSession:
     """Open a connection.
 
     Args:
         url: ``mssql+pymssql://user:password@host:1433/database``, or ``mssql://…``.
+        program: what is told of the caller in program_name, as far as it fits.
 
     Raises:
         DatabaseError: the database cannot be reached, or pymssql is missing.
         ValueError: the URL cannot be read.
     """
     arguments = _arguments(url)
+    if program:
+        arguments["appname"] = f"{arguments['appname']} {program}"[:_PROGRAM_NAME_CHARACTERS]
     import_driver("pymssql", "mssql")
     import pymssql
 
@@ -198,9 +203,9 @@ def adopt(connection: pymssql.Connection) -> PymssqlSession:
     return PymssqlSession(connection)
 
 
-async def connect_async(url: str) -> AsyncSession:
+async def connect_async(url: str, program: str = "") -> AsyncSession:
     """Open a connection for asyncio, as `connect` does."""
-    return await _in_thread_of_its_own(lambda: connect(url))
+    return await _in_thread_of_its_own(lambda: connect(url, program))
 
 
 async def adopt_async(connection: pymssql.Connection) -> AsyncSession:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from dblock.connect import check_source, connect
 from dblock.errors import UnsafeConnection
-from dblock.label import printable
+from dblock.label import printable, read_comment
 from dblock.scripts import script
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class Entry:
         lock: whose kind of lock it is: dblock's, one bigint, or two integers.
         application: application_name where it is not this lock's label, or the prepared transaction.
         blocked_by: of one who waits, the pids of the holders and of those ahead; 0 is a prepared transaction.
+        labels: what else the session says of itself, as far as this role may see.
     """
 
     state: str
@@ -64,11 +65,16 @@ class Entry:
     lock: str
     application: str | None
     blocked_by: list[int] | None
+    labels: dict[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Return it as JSON knows it: ``since`` in ISO 8601, texts free of what a terminal would act on."""
         document = {name: printable(value) if isinstance(value, str) else value for name, value in asdict(self).items()}
-        return document | {"since": self.since and self.since.isoformat(), "blocked_by": self.blocked_by or []}
+        return document | {
+            "since": self.since and self.since.isoformat(),
+            "blocked_by": self.blocked_by or [],
+            "labels": {name: printable(value) for name, value in self.labels.items()},
+        }
 
 
 def entries(db: Source, *, database: str | None = None) -> list[Entry]:
@@ -90,7 +96,9 @@ def entries(db: Source, *, database: str | None = None) -> list[Entry]:
     with _asking(db, database) as session:
         engine = session.engine
         found = session.rows(engine.inspect_settings + script(f"{engine.name}/inspect"))
-        return [Entry(*engine.entry_row(row)) for row in found]
+        comments = {pid: read_comment(text) for pid, text in session.rows(engine.comments)}
+        entries = (Entry(*engine.entry_row(row)) for row in found)
+        return [replace(entry, labels=comments.get(entry.pid, {})) for entry in entries]
 
 
 @dataclass(frozen=True)

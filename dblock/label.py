@@ -11,6 +11,7 @@ the key of the lock, and ``printable`` takes the teeth out of what is shown.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from urllib.parse import quote, unquote
@@ -20,6 +21,10 @@ _PREFIX = "dblock1"
 _UNIT = re.compile(r"%[0-9A-F]{2}|.", re.DOTALL)
 _LABEL = re.compile(r"dblock1 (w?)([0-9]{1,11}) (\S+) (\S+) (\S+)")
 _SHORTENED = "~"
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_ITEM = re.compile(r"([A-Za-z0-9_.-]{1,64})='([A-Za-z0-9_.~%-]*)'")
+_COMMENT = re.compile(rf"(/\*|dblock )(({_ITEM.pattern}),?)+")
+MAX_COMMENT_BYTES = 400  # of the 1024 that the server shows of a statement
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,34 @@ def parse(label: str) -> Label | None:
         return None
     waiting, time, tenant, target, step = match.groups()
     return Label(waiting == "w", int(time), None if tenant == "-" else unquote(tenant), unquote(target), unquote(step))
+
+
+def comment(more: Mapping[str, str]) -> str:
+    """Write what is to be told beside the label, in the form of sqlcommenter: ``deployment='Deployments-1',link='…'``.
+
+    It is all ASCII, and holds neither the end of a comment nor a quote that is not its own.
+
+    Raises:
+        ValueError: a name is none, or all of it is longer than 400 bytes.
+        TypeError: it is no mapping of texts.
+    """
+    for name, value in more.items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise TypeError("label must be a mapping of str to str")
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"label has the name {name!r}: letters, digits and _ . - are allowed, at most 64")
+    written = ",".join(
+        f"{name}='{quote(value.encode(errors='replace'), safe='')}'" for name, value in sorted(more.items())
+    )
+    if len(written) > MAX_COMMENT_BYTES:
+        raise ValueError(f"label has {len(written)} bytes, encoded; at most {MAX_COMMENT_BYTES} are allowed")
+    return written
+
+
+def read_comment(text: str) -> dict[str, str]:
+    """Read what `comment` wrote, at the beginning of a statement or of a program's name; nothing else is believed."""
+    found = _COMMENT.match(text)
+    return {name: unquote(value) for name, value in _ITEM.findall(found[0])} if found else {}
 
 
 def printable(text: str) -> str:

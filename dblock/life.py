@@ -12,15 +12,16 @@ import itertools
 import logging
 import os
 import threading
+import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Hashable, Sequence
+from collections.abc import Coroutine, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from math import ceil
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypedDict, TypeVar
 
-from dblock import label, names
+from dblock import events, label, names
 from dblock.errors import AlreadyHeld, DatabaseError, LockLost, LockNotHeld, LockTimeout, UnsafeConnection
 from dblock.names import Key
 from dblock.protocol import (
@@ -96,8 +97,10 @@ class Hold(Generic[S]):
     by: int  # the process
     caller: Hashable  # the thread or task
     number: int  # in the order of the grants
+    since: float  # by the monotonic clock
     watcher: Watcher | None = None
     lost: str = ""  # why, once it is known
+    told: bool = False  # its end, to those who want to know
 
 
 class Arguments(TypedDict):
@@ -106,6 +109,7 @@ class Arguments(TypedDict):
     target: str | Sequence[str]
     step: str
     tenant: str | None
+    label: Mapping[str, str] | None
     timeout: float | None
     shared: bool
     slots: int | None
@@ -130,6 +134,8 @@ class Life(ABC, Generic[S]):
         self.step = arguments["step"]
         self.tenant = arguments["tenant"]
         self._arguments = arguments
+        self._labels = dict(arguments["label"] or {})
+        self._comment = label.comment(self._labels)
         self._timeout = check_timeout(arguments["timeout"])
         self._scope = arguments["scope"]
         if self._scope not in ("session", "transaction"):
@@ -160,6 +166,8 @@ class Life(ABC, Generic[S]):
         self._entered = threading.Lock()
         self._handover = threading.Lock()
         self._locks: Sequence[ServerLock] = ()
+        self._asked = 0.0  # when the last acquire began, by the monotonic clock
+        self._waits = False
         self._waiting_for: ServerLock | None = None
         self._hold: Hold[S] | None = None
 
@@ -312,6 +320,7 @@ class Life(ABC, Generic[S]):
         session: S | None = None
         kept = False
         self._locks = ()
+        self._asked, self._waits = time.monotonic(), False
         try:
             self._warn_if_out_of_order(caller)
             session = await self._connect()
@@ -320,19 +329,21 @@ class Life(ABC, Generic[S]):
                 session = None  # the other one's, and left alone
                 raise UnsafeConnection("another lock is being acquired on this connection, by another thread or task")
             self._locks = [session.lock(wish) for wish in self._wishes]
-            report = self._report if log.isEnabledFor(logging.INFO) else None
+            report = self._report if log.isEnabledFor(logging.INFO) or events.wanted() else None
             steps = acquire_all(self._locks, self._conditions, timeout, report)
             outcome = await self._run(session, steps, may_report=True)
             if isinstance(outcome, Busy):
+                self._tell("timed out", self._asked)
                 return outcome
             self._forget_loss()
-            self._hold = Hold(session, outcome, os.getpid(), caller, next(_numbers))
+            self._hold = Hold(session, outcome, os.getpid(), caller, next(_numbers), time.monotonic())
             with _all_guard:
                 _all.add(self)
             if session.loan is None:
                 _kept.add(self)
                 if self._watched:
                     self._hold.watcher = self._start_watcher(session)
+            self._tell("acquired", self._asked)
             kept = True
         except DatabaseError as error:
             raise DatabaseError(f"{self._name} not acquired: {error}", error.sqlstate) from error
@@ -358,11 +369,24 @@ class Life(ABC, Generic[S]):
         await self._end(hold.session, granted=False)
 
     async def _release(self, *, at_exit: bool = False) -> None:
-        """Give the lock back.
+        """Give the lock back, and tell of it.
 
         Args:
             at_exit: the body is over, so the lock must not outlive this.
         """
+        hold = self._hold
+        ending: events.Happening = "released"
+        try:
+            await self._give_up(at_exit=at_exit)
+        except LockLost:
+            ending = "lost"
+            raise
+        finally:
+            if hold is not None and self._hold is not hold and not hold.told:
+                hold.told = True
+                self._tell(ending, hold.since)
+
+    async def _give_up(self, *, at_exit: bool) -> None:
         hold: Hold[S] | None = None
         refused = False
         try:
@@ -488,6 +512,8 @@ class Life(ABC, Generic[S]):
             if hold.watcher is not None:
                 hold.watcher.end()  # its copy of the socket would keep a connection open that is closed here
             log.error("%s was lost while it was held: %s", self._name, why)
+            hold.told = True
+            self._tell("lost", hold.since)
             self._tell_of_loss()
 
     async def _forget_ended_transaction(self) -> None:
@@ -547,7 +573,17 @@ class Life(ABC, Generic[S]):
                 other._name,
             )
 
+    def _tell(self, event: events.Happening, since: float) -> None:
+        """Append an event for each of the locks, where somebody wants to know."""
+        if events.wanted():
+            more = {"step": self.step, "tenant": self.tenant, "labels": self._labels}
+            about = [{"key": wish.key.value, "target": wish.target, **more} for wish in self._wishes]
+            events.tell(event, time.monotonic() - since, about)
+
     def _report(self, wish: Wish, look: Look) -> None:
+        if not self._waits:
+            self._waits = True
+            self._tell("waiting", self._asked)
         # Asked for again, from outside, only while somebody listens.
         self._waiting_for = next((lock for lock in self._locks if lock.wish == wish), None)
         log.info("waiting for %s: %s", _name(wish), _in_the_way(wish, look))

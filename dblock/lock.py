@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import wraps
 from types import TracebackType
@@ -30,6 +30,7 @@ def lock(
     target: str | Sequence[str],
     step: str,
     tenant: str | None = None,
+    label: Mapping[str, str] | None = None,
     timeout: float | None = None,
     shared: bool = False,
     slots: int | None = None,
@@ -55,6 +56,10 @@ def lock(
             step; see `dblock.key`.
         step: what may run only once at a time there.
         tenant: for whom; a label that others see while they wait, and no part of the key.
+        label: more that ``dblock status`` and a DBA see of who holds or waits, such as
+            ``{"deployment": "Deployments-1234"}``; the names have letters, digits and _ . -, and all of it at most 400
+            bytes, encoded. On PostgreSQL it is a comment of dblock's own statements, which the role itself and members
+            of pg_read_all_stats see; on SQL Server, where db is a URL, it stands in the 128 characters of program_name.
         timeout: seconds to wait for the lock, or for all of them; None: without limit, 0: do not wait. At most 2147483,
             and anything above 0 is at least a millisecond.
         shared: beside other shared holders, but not beside an exclusive one.
@@ -80,6 +85,7 @@ def lock(
         target=target,
         step=step,
         tenant=tenant,
+        label=label,
         timeout=timeout,
         shared=shared,
         slots=slots,
@@ -185,7 +191,7 @@ class Lock(Life[Session]):
         return locked
 
     async def _connect(self) -> Session:
-        return connect(self._db, self._scope)
+        return connect(self._db, self._scope, self._comment)
 
     async def _run(self, session: Session, steps: Steps[T], *, may_report: bool = False) -> T:
         return session.run(steps, (lambda: at_once(self._report_from_outside())) if may_report else None)

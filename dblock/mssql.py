@@ -70,6 +70,7 @@ ENGINE = Engine(
     current_database="SELECT DB_NAME()",
     inspect_settings="",
     entry_row=_entry_row,
+    comments="SELECT session_id, program_name FROM sys.dm_exec_sessions WHERE program_name LIKE 'dblock %'",
     release_settings=lambda key, confirm: (
         f"EXEC sys.sp_set_session_context N'dblock.key', N'{key.value}';"
         f" EXEC sys.sp_set_session_context N'dblock.confirm', N'{int(confirm) if confirm else ''}';"

@@ -315,6 +315,7 @@ class Engine:
         current_database: a message whose reply is the database's name.
         inspect_settings: a message that makes the session ready for ``inspect.sql``.
         entry_row: from a row of ``inspect.sql``, as the driver returns it, to the values of ``inspect.Entry``.
+        comments: a message whose rows are a session and the text where its comment may stand.
         release_settings: a message that tells ``force_release.sql`` the key, and the session to end or "".
         to_end: the statement with which an administrator ends a session of that number, while it holds the key.
     """
@@ -323,5 +324,6 @@ class Engine:
     current_database: str
     inspect_settings: str
     entry_row: Callable[[Row], Row]
+    comments: str
     release_settings: Callable[[Key, str], str]
     to_end: Callable[[Key, int], str]

@@ -78,9 +78,11 @@ class AnySession(ABC):
     Attributes:
         engine: the server's kind.
         loan: whose connection it is; None: the lock's own.
+        comment: what stands before each statement, for those who look at the session.
     """
 
     engine: Engine
+    comment = ""
 
     def __init__(self, loan: Loan | None) -> None:
         self.loan = loan

@@ -145,8 +145,8 @@ def test_asyncio(backend: Backend, engine: str) -> None:
 
 def test_check_on_a_connection_whose_end_nobody_watched(postgres: Postgres) -> None:
     lock = Lock(
-        postgres.url, target="web-01", step="b", tenant=None, timeout=None, shared=False, slots=None, scope="session",
-        heartbeat=0, database=None, allow_session_pooler=False, watched=False,
+        postgres.url, target="web-01", step="b", tenant=None, label=None, timeout=None, shared=False, slots=None,
+        scope="session", heartbeat=0, database=None, allow_session_pooler=False, watched=False,
     )  # fmt: skip
     lock.acquire()
     postgres.end(postgres.holders()[0])

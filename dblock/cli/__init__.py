@@ -19,7 +19,7 @@ from dblock.cli.messages import say
 from dblock.cli.options import UsageError
 from dblock.errors import AlreadyHeld, DatabaseError, LockDeadlock, LockLost, LockTimeout, UnsafeConnection
 
-COMMANDS = ("run", "status", "doctor", "force-release", "key", "sql", "demo")
+COMMANDS = ("run", "status", "doctor", "force-release", "timeline", "key", "sql", "demo")
 
 # The contract's exit codes, which are those of sysexits.h where it has a fitting one. The first match counts.
 CONFLICT = 75

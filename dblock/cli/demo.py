@@ -88,7 +88,7 @@ def handle(args: argparse.Namespace) -> int:
             state = play.run(watch)
     show.timeline(console, state)
     show.verdict(console, state)
-    args.svg.write_text(picture.draw(state), encoding="utf-8")
+    args.svg.write_text(picture.timeline(state), encoding="utf-8")
     console.print(f"The timeline as a picture: {args.svg}", highlight=False, soft_wrap=True)
     if args.json:
         args.json.write_text(as_json(state.events), encoding="utf-8")

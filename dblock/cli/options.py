@@ -83,6 +83,21 @@ def targets(args: argparse.Namespace) -> str | list[str]:
     return given[0] if len(given) == 1 else given
 
 
+def labels(args: argparse.Namespace) -> dict[str, str]:
+    """Return what --label gives.
+
+    Raises:
+        UsageError: one has no name, or is given twice.
+    """
+    found: dict[str, str] = {}
+    for given in args.label:
+        name, separator, text = given.partition("=")
+        if not separator or name in found:
+            raise UsageError(f"--label {given!r} is {'given twice' if separator else 'not of the form NAME=VALUE'}")
+        found[name] = text
+    return found
+
+
 def value(args: argparse.Namespace, name: str) -> str | None:
     """Return an option's value, or that of its variable ``DBLOCK_NAME``, or None where neither is given.
 

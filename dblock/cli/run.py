@@ -54,6 +54,13 @@ def add(commands: Any) -> None:
     options.add_shape(parser)
     parser.add_argument("--tenant", metavar="X", help="for whom; a label, shown to those who wait (DBLOCK_TENANT)")
     parser.add_argument(
+        "--label",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="more that dblock status shows of this holder or waiter, such as deployment=Deployments-1234",
+    )
+    parser.add_argument(
         "--timeout",
         metavar="DURATION",
         help="how long to wait for the lock: 600, 10m, 1.5s, 250ms; 0 does not wait (default: DBLOCK_TIMEOUT, or else "
@@ -104,6 +111,7 @@ def handle(args: argparse.Namespace) -> int:
         target=options.targets(args),
         step=options.required(args, "step"),
         tenant=tenant,
+        label=options.labels(args),
         timeout=options.duration(options.value(args, "timeout")),
         shared=args.shared,
         slots=args.slots,

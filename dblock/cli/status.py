@@ -120,7 +120,12 @@ def _cells(entry: Entry) -> tuple[str, ...]:
     cells = (
         f"waiting {entry.position or ''}" if entry.state == "waiting" else entry.state,
         lock if entry.mode == "exclusive" else f"{lock} ({entry.mode})",
-        entry.tenant or (f"({entry.application})" if entry.application else ""),
+        " ".join(
+            (
+                entry.tenant or (f"({entry.application})" if entry.application else ""),
+                *(f"{name}={value}" for name, value in entry.labels.items()),
+            )
+        ).strip(),
         f"{entry.since.astimezone():%Y-%m-%d %H:%M:%S}" if entry.since else "",
         "" if entry.seconds is None else _duration(entry.seconds),
         "" if entry.pid is None else str(entry.pid),
