@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
+import yaml
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 import dblock
+from tests.backends import Postgres
+from tests.doors import SQL
 
 DOCS = Path(__file__).parent.parent / "docs"
 Connection = psycopg.Connection[Any]
@@ -94,3 +101,124 @@ def test_a_database_of_its_own_for_the_locks(url: str) -> None:
         finally:
             admin.execute("DROP DATABASE IF EXISTS locks WITH (FORCE)")
             admin.execute("DROP ROLE deploy, stranger")
+
+
+# --- integrations.md --------------------------------------------------------------------------------------------------
+
+PAGE = "integrations.md"
+BIN = Path(sys.executable).parent
+MIGRATE = """#!/bin/sh
+[ "$DBLOCK_HELD" = 1 ] || [ -n "$NO_WRAPPER" ] || exit 3
+psql -X -q -A -t "$TEST_URL" -c "SELECT objsubid FROM pg_locks WHERE locktype = 'advisory' AND granted" >> seen
+"""
+
+
+def pipelines() -> dict[str, str]:
+    """The lines that run dblock, as the tool would give them to a shell."""
+    github, gitlab, azure, ansible = (yaml.safe_load(block) for block in blocks(PAGE, "yaml"))
+    (jenkins,) = blocks(PAGE, "groovy")
+    (cron,) = blocks(PAGE, "crontab")
+    (migrations, _) = blocks(PAGE, "sh")
+    task = ansible[0]["ansible.builtin.command"]["argv"]
+    return {
+        "GitHub Actions": github["jobs"]["deploy"]["steps"][1]["run"],
+        "GitLab CI": gitlab["migrate"]["script"][1],
+        "Azure DevOps": azure["steps"][1]["script"],
+        "Jenkins": re.findall(r"sh '(.*)'", jenkins)[0],
+        "Ansible": shlex.join(task).replace("{{ inventory_hostname }}", "web-01"),
+        "cron": cron.split(maxsplit=5)[5],
+        **{line.split(" -- ")[1]: line for line in migrations.splitlines()},
+    }
+
+
+def in_a_shell(url: str, folder: Path, line: str, **more: str) -> subprocess.CompletedProcess[str]:
+    variables = ("GITHUB_REPOSITORY", "GITHUB_RUN_ID", "CI_PROJECT_PATH", "CI_JOB_ID", "BUILD_DEFINITIONNAME",
+                 "BUILD_BUILDID", "JOB_NAME", "BUILD_NUMBER")  # fmt: skip
+    environment = dict.fromkeys(variables, "some") | {"DBLOCK_URL": url, "TEST_URL": url} | more
+    path = {"PATH": f"{folder}:{BIN}:{os.environ['PATH']}"}
+    return subprocess.run(
+        ["sh", "-euc", line],
+        cwd=folder,
+        env=os.environ | environment | path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a command, also under the names of tools that are not installed here."""
+    for name in ("migrate.sh", "alembic", "flyway", "liquibase"):
+        (tmp_path / name).write_text(MIGRATE)
+        (tmp_path / name).chmod(0o755)
+    return tmp_path
+
+
+@pytest.mark.parametrize("tool", pipelines())
+def test_a_pipelines_line_holds_the_lock(postgres: Postgres, folder: Path, tool: str) -> None:
+    done = in_a_shell(postgres.url, folder, pipelines()[tool])
+    assert done.returncode == 0, done.stderr
+    assert (folder / "seen").read_text() == "1\n"
+
+
+def test_a_shell_without_python(postgres: Postgres, folder: Path) -> None:
+    _, line = blocks(PAGE, "sh")
+    for script in ("acquire", "release"):
+        (folder / f"{script}.sql").symlink_to(SQL / f"{script}.sql")
+    assert in_a_shell(postgres.url, folder, line, NO_WRAPPER="1").returncode == 0
+    assert (folder / "seen").read_text() == "1\n"
+    (folder / "migrate.sh").write_text("exit 5")
+    assert in_a_shell(postgres.url, folder, line).returncode == 5
+    # psql's own code where the lock is not held, and nothing has run.
+    with dblock.lock(postgres.url, target="web-01", step="b"):
+        code = in_a_shell(postgres.url, folder, line, PGOPTIONS="-c dblock.timeout=0.1").returncode
+    assert code == 3
+
+
+def test_a_default_for_a_role(postgres: Postgres) -> None:
+    (statement,) = blocks(PAGE, "sql")
+    with psycopg.connect(postgres.url, autocommit=True) as admin:
+        admin.execute("CREATE ROLE deploy LOGIN")
+        try:
+            admin.execute(statement.replace("1800", "0.1"))
+            with (
+                dblock.lock(postgres.url, target="web-01", step="b"),
+                psycopg.connect(make_conninfo(postgres.url, user="deploy"), autocommit=True) as caller,
+            ):
+                caller.execute("SET dblock.target = 'web-01'")
+                caller.execute("SET dblock.step = 'b'")
+                with pytest.raises(psycopg.errors.LockNotAvailable, match="not acquired"):
+                    caller.execute((SQL / "acquire.sql").read_bytes())
+        finally:
+            admin.execute("DROP ROLE deploy")
+
+
+ALEMBIC_INI = "[alembic]\nscript_location = .\nversion_locations = versions\nsqlalchemy.url = {url}\n"
+MIGRATION = """
+import time, alembic.op
+revision, down_revision = "one", None
+def upgrade():
+    alembic.op.execute("SELECT 1 FROM pg_sleep(0.3)")
+    alembic.op.execute("CREATE TABLE migrated ()")
+def downgrade():
+    alembic.op.execute("DROP TABLE migrated")
+"""
+
+
+def test_an_alembic_migration_under_the_lock(postgres: Postgres, tmp_path: Path) -> None:
+    """Two at once: the second one waits, and finds nothing left to do."""
+    _, *_, env = ["", *blocks(PAGE, "python")]
+    (tmp_path / "versions").mkdir()
+    (tmp_path / "versions" / "one.py").write_text(MIGRATION)
+    (tmp_path / "script.py.mako").touch()
+    imports = "import dblock, sqlalchemy\nfrom alembic import context\n"
+    (tmp_path / "env.py").write_text(f"{imports}{env}\nrun_migrations_online()\n")
+    (tmp_path / "alembic.ini").write_text(ALEMBIC_INI.format(url=postgres.url.replace("://", "+psycopg://", 1)))
+    command = [sys.executable, "-m", "alembic", "upgrade", "head"]
+    both = [subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=60)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    with psycopg.connect(postgres.url, autocommit=True) as connection:
+        assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("one",)]
+        connection.execute("DROP TABLE migrated, alembic_version")
