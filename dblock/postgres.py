@@ -242,9 +242,10 @@ class AdvisoryLock:
         around = self._surroundings
         pid = self._trusted_pid(conditions)
         text = _try_at_once(self._names, around, _fit(self.wish, conditions, pid))
-        attempt = Attempt(*(yield around.first(text, pid, conditions.release_seconds))[:4])
+        row = yield around.first(text, pid, conditions.release_seconds)
+        attempt = Attempt(*row[:3])
         self._application_name = attempt.before
-        around.found = Settings(*attempt.settings)
+        around.found = Settings(*row[3 : 3 + len(around.finding())])
         if attempt.outcome in (UNFIT, ALREADY_HELD) or (attempt.outcome != GRANTED and not wait):
             # Nothing was taken, and what there is of the lock, or of the queue, is somebody else's.
             if message := around.withdrawing():
@@ -682,7 +683,6 @@ class Attempt(NamedTuple):
     outcome: str
     slot: int | None  # the permit's number
     before: str  # application_name
-    settings: list[str]
 
 
 def _try_at_once(lock: LockNames, around: OwnSession, fit: str) -> str:
@@ -702,31 +702,36 @@ def _try_at_once(lock: LockNames, around: OwnSession, fit: str) -> str:
     """
     leave_queue = f", CASE WHEN outcome NOT IN ('{UNFIT}', '{WAITED_FOR}') THEN pg_advisory_unlock({lock.high}, 0) END"
     return f"""
-        WITH found AS MATERIALIZED (
-                SELECT current_setting('application_name') AS before,
-                       ARRAY[{", ".join(f"current_setting('{name}')" for name in around.finding())}] AS settings),
-             {_attempt(lock, around, conditions)}
-        SELECT outcome, slot, before, settings,
+        WITH {_attempt(lock, around, conditions, before=", current_setting('application_name') AS before")}
+        SELECT outcome, slot, before,
+               {", ".join(f"current_setting('{name}')" for name in around.finding())},
                CASE outcome WHEN '{GRANTED}' THEN {_label("", lock.holding_fields, around)} END
                {leave_queue if around.scope else ""}
-        FROM found, attempt
+        FROM attempt
     """
 
 
-def _attempt(lock: LockNames, around: OwnSession, conditions: str = "") -> str:
-    """Take the lock where no condition comes before, in its shape. Where no permit is free, the lock goes back."""
+def _attempt(lock: LockNames, around: OwnSession, conditions: str = "", before: str = "") -> str:
+    """Take the lock where no condition comes before, in its shape. Where no permit is free, the lock goes back.
+
+    Args:
+        lock: the names.
+        around: whose session it is.
+        conditions: cases with outcomes of their own.
+        before: what is read beside it, before anything else is set.
+    """
     take = f"""
                 SELECT CASE
                 {conditions}
                 WHEN pg_try_advisory{around.scope}_lock{lock.mode}({lock.key}) THEN '{GRANTED}'
-                ELSE '{BUSY}' END AS outcome
+                ELSE '{BUSY}' END AS outcome{before}
     """
     if lock.slots is None:
         return f"attempt AS MATERIALIZED ({take}, NULL::int AS slot)"
     return f"""
              entry AS MATERIALIZED ({take}),
              choice AS MATERIALIZED (
-                SELECT outcome, CASE outcome WHEN '{GRANTED}' THEN (
+                SELECT entry.*, CASE outcome WHEN '{GRANTED}' THEN (
                             SELECT (place - 1)::int
                             FROM unnest(ARRAY[{", ".join(map(str, lock.permits))}]::bigint[])
                                  WITH ORDINALITY AS permit(key, place)
@@ -734,7 +739,8 @@ def _attempt(lock: LockNames, around: OwnSession, conditions: str = "") -> str:
                             LIMIT 1) END AS slot
                 FROM entry),
              attempt AS MATERIALIZED (
-                SELECT CASE WHEN outcome = '{GRANTED}' AND slot IS NULL THEN '{FULL}' ELSE outcome END AS outcome, slot
+                SELECT CASE WHEN outcome = '{GRANTED}' AND slot IS NULL THEN '{FULL}' ELSE outcome END AS outcome,
+                       slot{", before" if before else ""}
                        {"" if around.scope else f", {_unlock_where_full(lock)}"}
                 FROM choice)
     """
