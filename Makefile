@@ -2,6 +2,7 @@
 #
 #     make demo       six tenants on two targets, on a throw-away PostgreSQL; the picture lands in .demo/
 #     make test       linting, typing and the tests, on a throw-away PostgreSQL
+#     make bench      dblock beside the raw driver and its peers; table and plots land in .bench/
 #
 # Everything they need goes into .venv. PYTHON=… chooses the interpreter, PYTEST_ARGS=… is handed to pytest: -n 0 runs
 # the tests one after the other.
@@ -12,7 +13,7 @@ PYTEST_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 PIP_INSTALL = .venv/bin/python -m pip install --quiet
 
-.PHONY: help demo test picture clean
+.PHONY: help demo test bench picture clean
 
 help:
 	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
@@ -27,12 +28,16 @@ test: .venv/with-everything
 	.venv/bin/mypy
 	.venv/bin/pytest -n 4 --dist loadgroup $(PYTEST_ARGS)
 
+bench: .venv/with-everything
+	@$(PIP_INSTALL) --group bench
+	@.venv/bin/python -m benchmarks --output .bench
+
 # The picture in the README.
 picture: .venv/with-demo
 	.venv/bin/dblock demo --targets 1 --svg docs/demo.svg
 
 clean:
-	rm -rf .venv .demo .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf .venv .demo .bench .mypy_cache .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # Installed in place: what is edited is what runs. The stamps let a second run begin at once.

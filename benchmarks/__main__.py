@@ -1,0 +1,440 @@
+"""``make bench``: dblock beside the raw driver and beside its peers, on one server, in one run.
+
+    python -m benchmarks [--rounds 40] [--output .bench]
+
+Rounds are interleaved, so that noise hits all alike; what is shown are medians, and ratios of medians. Each peer is
+pinned and has an environment of its own. A table in Markdown and JSON and the plots land in the output folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+import dblock
+from benchmarks import slots
+from dblock.demo.server import Server, postgres_server
+
+PINS = {
+    "postgresql-lock": ["postgresql-lock==0.1.9", "psycopg[binary]>=3.2"],
+    "sqlalchemy-dlock": ["sqlalchemy-dlock==0.9.0", "psycopg[binary]>=3.2"],
+    "pals": ["PALs==0.4.0", "psycopg2-binary>=2.9"],
+    "django-pglock": ["django-pglock==1.8.0", "psycopg[binary]>=3.2"],
+    "tooz": ["tooz==9.1.0", "psycopg2-binary>=2.9"],
+}
+OURS = ("raw", "raw SQLAlchemy", "dblock", "dblock SQLAlchemy")
+WAIT_IN_THE_SERVER = ("pals", "django-pglock")  # with a timeout; none of the peers names its holder
+PAIRS = 20  # in each round
+CROWDS = (2, 10, 100, 400)
+HANDOFFS = 15
+REST_SECONDS = 10
+CONTESTANT = Path(__file__).with_name("contestant.py")
+
+
+@dataclass
+class Result:
+    """A row of the table.
+
+    Attributes:
+        what: what was measured.
+        figure: what came of it.
+        target: what it should be.
+        met: whether it is.
+    """
+
+    what: str
+    figure: str
+    target: str
+    met: bool
+
+    @classmethod
+    def ratio(cls, what: str, ours: list[float], theirs: list[float], most: float, unit: float = 1e6) -> Result:
+        """Judge a ratio of medians."""
+        mine, raw = statistics.median(ours), statistics.median(theirs)
+        named = "µs" if unit > 1e3 else "ms"
+        figure = f"{mine / raw:.2f} × ({mine * unit:.0f} {named} to {raw * unit:.0f} {named}, {_spread(ours, unit)})"
+        return cls(what, figure, f"≤ {most:g} ×", mine <= most * raw)
+
+
+def _spread(seconds: list[float], unit: float) -> str:
+    low, _, high = statistics.quantiles(seconds, n=4)
+    return f"quartiles {low * unit:.0f} to {high * unit:.0f}"
+
+
+# --- contestants ------------------------------------------------------------------------------------------------------
+
+
+class Contestant:
+    """A process that does what it is told."""
+
+    def __init__(self, python: str, name: str, url: str) -> None:
+        self.name = name
+        self.process = subprocess.Popen(
+            [python, str(CONTESTANT), name, url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self.process.stdin
+        assert self.process.stdout
+        self._in, self._out = self.process.stdin, self.process.stdout
+        self.answer()
+
+    def tell(self, command: str) -> None:
+        self._in.write(f"{command}\n")
+        self._in.flush()
+
+    def answer(self) -> Any:
+        return json.loads(self._out.readline())
+
+    def ask(self, command: str) -> Any:
+        self.tell(command)
+        return self.answer()
+
+    def close(self) -> None:
+        self._in.close()
+        self.process.wait(30)
+        self._out.close()
+
+
+def environments(folder: Path) -> dict[str, str]:
+    """The interpreters of the contestants; peers that cannot be installed here are left out, and said so."""
+    found = dict.fromkeys(OURS, sys.executable)
+    for peer, pins in PINS.items():
+        python = folder / peer / "bin" / "python"
+        if not python.exists():
+            subprocess.run([sys.executable, "-m", "venv", str(folder / peer)], check=True)
+        done = subprocess.run(
+            [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *pins],
+            check=False, capture_output=True, text=True,
+        )  # fmt: skip
+        if done.returncode == 0:
+            found[peer] = str(python)
+        else:
+            print(f"{peer} is left out: it cannot be installed here")
+    return found
+
+
+@contextmanager
+def playing(pythons: dict[str, str], names: list[str], url: str) -> Iterator[dict[str, Contestant]]:
+    with ExitStack() as stack:
+        players = {}
+        for name in names:
+            players[name] = Contestant(pythons[name], name, url)
+            stack.callback(players[name].close)
+        yield players
+
+
+def interleaved(players: dict[str, Contestant], command: str, rounds: int) -> dict[str, list[float]]:
+    """Let all of them take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in players}
+    for player in players.values():
+        player.ask(f"{command} 5")
+    for _ in range(rounds):
+        for name, player in players.items():
+            seconds[name] += player.ask(f"{command} {PAIRS}")
+    return seconds
+
+
+def handoffs(python: str, name: str, url: str, count: int, acquire: str = "acquire") -> list[float]:
+    """From the release in one process to the grant in another one, in seconds."""
+    seconds = []
+    with ExitStack() as stack:
+        holder, waiter = (Contestant(python, name, url) for _ in range(2))
+        stack.callback(holder.close)
+        stack.callback(waiter.close)
+        for number in range(count):
+            holder.ask(acquire)
+            waiter.tell(acquire)
+            time.sleep(0.3 + number * 0.013)  # those who poll are somewhere between two looks
+            released = holder.ask("release")
+            seconds.append(waiter.answer() - released)
+            waiter.ask("release")
+    return seconds
+
+
+# --- the rows ---------------------------------------------------------------------------------------------------------
+
+
+def uncontended(url: str, pythons: dict[str, str], rounds: int) -> Iterator[Result]:
+    names = [name for name in pythons if "SQLAlchemy" not in name]
+    with playing(pythons, names, url) as players:
+        pairs = interleaved(players, "pairs", rounds)
+        timed = interleaved({n: p for n, p in players.items() if n in ("dblock", *WAIT_IN_THE_SERVER)}, "timed", rounds)
+    yield Result.ratio("acquire + release, open connection, label included", pairs["dblock"], pairs["raw"], 1.25)
+    medians = {name: statistics.median(seconds) for name, seconds in pairs.items() if name not in OURS}
+    if medians:
+        fastest = min(medians, key=lambda name: medians[name])
+        yield Result.ratio(f"the same beside the fastest peer, {fastest}", pairs["dblock"], pairs[fastest], 1.15)
+    for peer in WAIT_IN_THE_SERVER:
+        if peer in timed:
+            yield Result.ratio(f"timed, beside {peer}, which waits in the server too", timed["dblock"], timed[peer], 1)
+    yield Result.ratio("timed acquire + release", timed["dblock"], pairs["raw"], 1.3)
+    with playing(pythons, ["raw SQLAlchemy", "dblock SQLAlchemy"], url) as players:
+        pairs = interleaved(players, "pairs", rounds)
+    yield Result.ratio("through SQLAlchemy", pairs["dblock SQLAlchemy"], pairs["raw SQLAlchemy"], 1.1)
+    with playing(pythons, ["raw", "dblock"], url) as players:
+        lives = interleaved(players, "lives", max(3, rounds // 10))
+    yield Result.ratio("from a URL, whole life", lives["dblock"], lives["raw"], 1.15)
+
+
+def to_the_next(url: str, pythons: dict[str, str]) -> Iterator[Result]:
+    raw = handoffs(pythons["raw"], "raw", url, HANDOFFS)
+    ours = handoffs(pythons["dblock"], "dblock", url, HANDOFFS)
+    yield Result.ratio("handoff, 2 processes", ours, raw, 2)
+    if "sqlalchemy-dlock" in pythons:
+        theirs = handoffs(pythons["sqlalchemy-dlock"], "sqlalchemy-dlock", url, 9, "acquire-timed")
+        behind = statistics.median(theirs) / statistics.median(ours)
+        yield Result(
+            "handoff of sqlalchemy-dlock with a timeout, which polls",
+            f"{behind:.0f} × ours",
+            "≥ 50 ×",
+            behind >= 50,
+        )
+
+
+@contextmanager
+def crowd(url: str, size: int, served: list[tuple[int, float]]) -> Iterator[dblock.Lock]:
+    """A holder, and so many waiters in one process, in the order of their numbers; and who was served when."""
+    holder = dblock.lock(url, target="crowd", step="b")
+    holder.acquire()
+
+    def wait(number: int) -> None:
+        with dblock.lock(url, target="crowd", step="b"):
+            served.append((number, time.monotonic()))
+
+    threads = [threading.Thread(target=wait, args=(number,)) for number in range(size)]
+    with psycopg.connect(url, autocommit=True) as observer:
+        for number, thread in enumerate(threads):
+            thread.start()
+            while _waiting(observer) <= number:
+                time.sleep(0.002)
+    yield holder
+    for thread in threads:
+        thread.join()
+
+
+def _waiting(observer: psycopg.Connection[Any]) -> int:
+    row = observer.execute(
+        "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 2 AND mode = 'ExclusiveLock'"
+        " AND granted AND objid BETWEEN 1 AND 2147483647"
+    ).fetchone()
+    return int(row[0]) if row else 0
+
+
+def crowds(server: Server) -> Iterator[Result | tuple[str, dict[int, float]]]:
+    medians: dict[int, float] = {}
+    ordered = True
+    for size in CROWDS:
+        order: list[tuple[int, float]] = []
+        with crowd(server.url, size, order) as holder:
+            if size == CROWDS[-1]:
+                yield at_rest(server, size)
+            released = time.monotonic()
+            holder.release()
+        moments = [released, *(moment for _, moment in order)]
+        medians[size] = statistics.median(later - earlier for earlier, later in pairwise(moments))
+        ordered = ordered and [number for number, _ in order] == list(range(size))
+    most, least = medians[CROWDS[-1]], medians[CROWDS[0]]
+    told = ", ".join(f"{size}: {seconds * 1e3:.2f} ms" for size, seconds in medians.items())
+    yield Result("handoff with waiters behind", f"{told}: {most / least:.2f} ×", "400 ≤ 2 × 2", most <= 2 * least)
+    yield Result("their order", "kept" if ordered else "broken", "kept", ordered)
+    yield "handoff with waiters behind (ms)", {size: seconds * 1e3 for size, seconds in medians.items()}
+
+
+def at_rest(server: Server, size: int) -> Result:
+    """What waiters cost the server while nothing happens."""
+    with psycopg.connect(server.url, autocommit=True) as observer:
+
+        def cost() -> tuple[float, int, int]:
+            pids = [
+                pid
+                for (pid,) in observer.execute("SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend'")
+            ]
+            row = observer.execute("SELECT sum(xact_commit) FROM pg_stat_database").fetchone()
+            return sum(map(_cpu_seconds, pids)), int(row[0]) if row else 0, len(server.log)
+
+        time.sleep(2)  # for all to have settled
+        before, began = cost(), time.monotonic()
+        time.sleep(REST_SECONDS)
+        after, took = cost(), time.monotonic() - began
+    core = (after[0] - before[0]) / took
+    messages = (after[1] - before[1]) / took / size
+    lines = after[2] - before[2]
+    good = core <= 0.25 and messages <= 1.2 and lines == 0
+    return Result(
+        f"{size} waiters at rest",
+        f"{core:.0%} of a core, {messages:.2f} messages a second each, {lines} characters of log",
+        "≤ 25 %, ≤ 1.2, 0",
+        good,
+    )
+
+
+def _cpu_seconds(pid: int) -> float:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def starts(url: str, rounds: int) -> Iterator[Result]:
+    bare, ours = _alternating([sys.executable, "-c", "pass"], [sys.executable, "-c", "import dblock"], rounds, url)
+    more = (statistics.median(ours) - statistics.median(bare)) * 1e3
+    yield Result("import dblock, over a bare interpreter", f"{more:.1f} ms", "≤ 20 ms", more <= 20)
+    hand = (
+        "import os, subprocess, psycopg\n"
+        "with psycopg.connect(os.environ['DBLOCK_URL'], autocommit=True) as c:\n"
+        "    c.execute('SELECT pg_advisory_lock(1)')\n"
+        "    subprocess.run(['true'])\n"
+        "    c.execute('SELECT pg_advisory_unlock(1)')"
+    )
+    run = [str(Path(sys.executable).with_name("dblock")), "run", "--target", "t", "--step", "s", "--", "true"]
+    raw, ours = _alternating([sys.executable, "-c", hand], run, rounds, url)
+    yield Result.ratio("dblock run -- true, beside a Python that does the same by hand", ours, raw, 1.3, 1e3)
+
+
+def _alternating(one: list[str], other: list[str], rounds: int, url: str) -> tuple[list[float], list[float]]:
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for number in range(rounds + 1):
+        for command, taken in zip((one, other), seconds, strict=True):
+            began = time.perf_counter()
+            subprocess.run(command, check=True, env=os.environ | {"DBLOCK_URL": url})
+            if number:  # the first time files are read from the disk
+                taken.append(time.perf_counter() - began)
+    return seconds
+
+
+def permits(url: str) -> Iterator[Result]:
+    connections = [psycopg.connect(url, autocommit=True) for _ in range(slots.CALLERS)]
+    reached: dict[str, list[float]] = {"raw statements": [], "dblock": []}
+    longest = 0.0
+    for _ in range(3):
+        for name, slot in (("raw statements", slots.with_statements), ("dblock", slots.with_dblock)):
+            part, wait = slots.crowd(connections, 12, slot)
+            reached[name].append(part)
+            longest = max(longest, wait if name == "dblock" else 0.0)
+    for connection in connections:
+        connection.close()
+    ours, raw = (statistics.median(reached[name]) for name in ("dblock", "raw statements"))
+    fair = slots.CALLERS / slots.SLOTS * slots.WORK_SECONDS
+    yield Result("slots=8, 64 callers, 20 ms of work", f"{ours:.0%} (raw statements {raw:.0%})", "≥ 85 %", ours >= 0.85)
+    yield Result("their longest wait", f"{longest / fair:.2f} × the fair one", "≤ 1.5 ×", longest <= 1.5 * fair)
+
+
+def messages() -> Iterator[Result]:
+    with postgres_server({"log_statement": "all", "log_line_prefix": "[%p] "}) as server:
+        with psycopg.connect(server.url, autocommit=True) as connection:
+            pid = connection.info.backend_pid
+
+            def said(pid: int) -> int:
+                return len(re.findall(rf"\[{pid}\] LOG:  ", server.log))
+
+            before = said(pid)
+            with dblock.lock(connection, target="web-01", step="b", tenant="T1"):
+                pass
+            pair = said(pid) - before
+        with dblock.lock(server.url, target="web-01", step="b", heartbeat=4) as held:
+            with psycopg.connect(server.url) as observer:
+                row = observer.execute("SELECT pid FROM pg_locks WHERE locktype = 'advisory'").fetchone()
+            before = said(row[0]) if row else 0
+            time.sleep(3)
+            steady = said(row[0]) - before if row else -1
+            assert held.held
+    yield Result("round trips of an uncontended pair", str(pair), "2", pair == 2)
+    yield Result("messages of a held lock between heartbeats", str(steady), "0", steady == 0)
+
+
+def acquire_by_locks_held(url: str) -> dict[int, float]:
+    """Milliseconds of a pair while the server holds so many other locks."""
+    found = {}
+    with psycopg.connect(url, autocommit=True) as other, psycopg.connect(url, autocommit=True) as connection:
+        held = 0
+        for number in (0, 100, 1000, 5000):
+            other.execute(
+                "SELECT pg_advisory_lock(7, i) FROM generate_series(%s::int, %s::int) AS i", (held + 1, number)
+            )
+            held = number
+            seconds = []
+            for _ in range(100):
+                began = time.perf_counter()
+                with dblock.lock(connection, target="web-01", step="b"):
+                    seconds.append(time.perf_counter() - began)
+            found[number] = statistics.median(seconds) * 1e3
+    return found
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def report(results: list[Result], curves: dict[str, dict[int, float]], folder: Path) -> None:
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    machine = (
+        f"{os.cpu_count()} cores ({model[1] if model else platform.machine()}), Python {platform.python_version()}"
+    )
+    when = f"{datetime.now(tz=timezone.utc):%Y-%m-%d}"
+    lines = [f"Measured {when} on {machine}.", "", "| what | result | target | |", "| --- | --- | --- | --- |"]
+    lines += [f"| {row.what} | {row.figure} | {row.target} | {'met' if row.met else 'missed'} |" for row in results]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    (folder / "result.md").write_text(text, encoding="utf-8")
+    document = {"date": when, "machine": machine, "rows": [asdict(row) for row in results], "curves": curves}
+    (folder / "result.json").write_text(json.dumps(document, indent=1, ensure_ascii=False), encoding="utf-8")
+
+    from matplotlib import pyplot as plt
+
+    for number, (title, curve) in enumerate(curves.items()):
+        figure, axes = plt.subplots(figsize=(6, 3.5))
+        axes.plot(list(curve), list(curve.values()), marker="o")
+        axes.set_title(title)
+        axes.set_ylim(bottom=0)
+        figure.tight_layout()
+        figure.savefig(folder / f"plot-{number + 1}.svg")
+        plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--output", type=Path, default=Path(".bench"))
+    args = parser.parse_args()
+    args.output.mkdir(exist_ok=True)
+    pythons = environments(args.output)
+    results: list[Result] = []
+    curves: dict[str, dict[int, float]] = {}
+    with postgres_server({"max_connections": "500"}) as server:
+        measured: list[Iterator[Any]] = [
+            uncontended(server.url, pythons, args.rounds),
+            to_the_next(server.url, pythons),
+            permits(server.url),
+            starts(server.url, 15),
+            crowds(server),
+            messages(),
+        ]
+        for rows in measured:
+            for row in rows:
+                if isinstance(row, Result):
+                    results.append(row)
+                    print(f"{row.what}: {row.figure}", flush=True)
+                else:
+                    curves[row[0]] = row[1]
+        curves["acquire while the server holds other locks (ms)"] = acquire_by_locks_held(server.url)
+    report(results, curves, args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""One contestant of ``make bench``, in an environment of its own: does what stdin says, and prints what it took.
+
+    python benchmarks/contestant.py NAME URL
+
+Commands, one a line: ``pairs N`` and ``timed N`` acquire and release N times, on a connection that is open already, and
+print the seconds of each; ``lives N`` does so with a connection each time; ``acquire``, ``acquire-timed``, ``release``:
+the moment after an acquire, or before a release, by the clock that all processes of the machine share.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+TIMEOUT_SECONDS = 60
+TARGET, STEP = "web-01", "b"
+KEY = 3736245238665493732
+
+
+class Raw:
+    """What there is at least to be sent, by the driver alone."""
+
+    def __init__(self, url: str) -> None:
+        import psycopg
+
+        self.url, self.psycopg = url, psycopg
+        self.connection = psycopg.connect(url, autocommit=True)
+        self.connection.prepare_threshold = None
+
+    def acquire(self) -> None:
+        self.connection.execute(f"SELECT pg_advisory_lock({KEY})")
+
+    def acquire_timed(self) -> None:
+        self.connection.execute(f"SET LOCAL lock_timeout = '{TIMEOUT_SECONDS}s'; SELECT pg_advisory_lock({KEY})")
+
+    def release(self) -> None:
+        self.connection.execute(f"SELECT pg_advisory_unlock({KEY})")
+
+    def live(self) -> None:
+        with self.psycopg.connect(self.url, autocommit=True) as connection:
+            connection.execute(f"SELECT pg_advisory_lock({KEY})")
+            connection.execute(f"SELECT pg_advisory_unlock({KEY})")
+
+
+class RawSqlalchemy:
+    """The same through SQLAlchemy."""
+
+    def __init__(self, url: str) -> None:
+        import sqlalchemy
+
+        self.engine = sqlalchemy.create_engine(url.replace("://", "+psycopg://", 1), isolation_level="AUTOCOMMIT")
+        self.connection = self.engine.connect()
+        self.take, self.give = (sqlalchemy.text(f"SELECT pg_advisory_{name}({KEY})") for name in ("lock", "unlock"))
+
+    def acquire(self) -> None:
+        self.connection.execute(self.take)
+
+    def release(self) -> None:
+        self.connection.execute(self.give)
+
+
+class Dblock:
+    def __init__(self, url: str) -> None:
+        import psycopg
+
+        import dblock
+
+        self.url, self.make = url, dblock.lock
+        self.connection: Any = psycopg.connect(url, autocommit=True)
+
+    def acquire(self) -> None:
+        self.lock = self.make(self.connection, target=TARGET, step=STEP, tenant="T1")
+        self.lock.acquire()
+
+    def acquire_timed(self) -> None:
+        self.lock = self.make(self.connection, target=TARGET, step=STEP, tenant="T1", timeout=TIMEOUT_SECONDS)
+        self.lock.acquire()
+
+    def release(self) -> None:
+        self.lock.release()
+
+    def live(self) -> None:
+        with self.make(self.url, target=TARGET, step=STEP, tenant="T1"):
+            pass
+
+
+class DblockSqlalchemy(Dblock):
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.connection = RawSqlalchemy(url).connection
+
+
+class PostgresqlLock(Raw):
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        from postgresql_lock import Lock
+
+        self.make = Lock
+
+    def acquire(self) -> None:
+        self.lock = self.make(self.connection, "b@web-01", interface="psycopg3")
+        assert self.lock.acquire()
+
+    def release(self) -> None:
+        self.lock.release()
+
+
+class SqlalchemyDlock(RawSqlalchemy):
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        from sqlalchemy_dlock import create_sadlock
+
+        self.make = create_sadlock
+
+    def acquire(self) -> None:
+        self.lock = self.make(self.connection, "b@web-01")
+        assert self.lock.acquire()
+
+    def acquire_timed(self) -> None:
+        self.lock = self.make(self.connection, "b@web-01")
+        assert self.lock.acquire(timeout=TIMEOUT_SECONDS)
+
+    def release(self) -> None:
+        self.lock.release()
+
+
+class Pals:
+    """Has no other acquire than one with a timeout, and takes its connection from a pool."""
+
+    def __init__(self, url: str) -> None:
+        import pals
+
+        self.locker = pals.Locker("bench", url.replace("://", "+psycopg2://", 1), acquire_timeout_default=60_000)
+
+    def acquire(self) -> None:
+        self.lock = self.locker.lock("b@web-01")
+        assert self.lock.acquire()
+
+    acquire_timed = acquire
+
+    def release(self) -> None:
+        self.lock.release()
+
+
+class DjangoPglock:
+    def __init__(self, url: str) -> None:
+        from urllib.parse import urlsplit
+
+        import django
+        from django.conf import settings
+
+        parts = urlsplit(url)
+        settings.configure(
+            DATABASES={
+                "default": {
+                    "ENGINE": "django.db.backends.postgresql",
+                    "NAME": parts.path[1:],
+                    "USER": parts.username,
+                    "HOST": parts.hostname,
+                    "PORT": parts.port,
+                }
+            },
+            INSTALLED_APPS=["pgactivity", "pglock"],
+        )
+        django.setup()
+        import pglock
+
+        self.make = pglock.advisory
+
+    def acquire(self) -> None:
+        self.lock = self.make("b@web-01")
+        self.lock.acquire()
+
+    def acquire_timed(self) -> None:
+        self.lock = self.make("b@web-01", timeout=TIMEOUT_SECONDS)
+        self.lock.acquire()
+
+    def release(self) -> None:
+        self.lock.release()
+
+
+class Tooz:
+    """Polls, and opens a connection for each lock."""
+
+    def __init__(self, url: str) -> None:
+        from tooz import coordination
+
+        self.coordinator = coordination.get_coordinator(url, b"bench")
+        self.coordinator.start()
+
+    def acquire(self) -> None:
+        self.lock = self.coordinator.get_lock(b"b@web-01")
+        assert self.lock.acquire()
+
+    def release(self) -> None:
+        self.lock.release()
+
+
+CONTESTANTS: dict[str, Any] = {
+    "raw": Raw,
+    "raw SQLAlchemy": RawSqlalchemy,
+    "dblock": Dblock,
+    "dblock SQLAlchemy": DblockSqlalchemy,
+    "postgresql-lock": PostgresqlLock,
+    "sqlalchemy-dlock": SqlalchemyDlock,
+    "pals": Pals,
+    "django-pglock": DjangoPglock,
+    "tooz": Tooz,
+}
+
+
+def obey(contestant: Any, command: str, number: int) -> object:
+    if command in ("acquire", "acquire-timed"):
+        (contestant.acquire if command == "acquire" else contestant.acquire_timed)()
+        return time.monotonic()
+    if command == "release":
+        before = time.monotonic()
+        contestant.release()
+        return before
+    seconds = []
+    for _ in range(number):
+        began = time.perf_counter()
+        if command == "lives":
+            contestant.live()
+        else:
+            (contestant.acquire_timed if command == "timed" else contestant.acquire)()
+            contestant.release()
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def main() -> None:
+    contestant = CONTESTANTS[sys.argv[1]](sys.argv[2])
+    print(json.dumps(None), flush=True)
+    for line in sys.stdin:
+        command, _, number = line.strip().partition(" ")
+        print(json.dumps(obey(contestant, command, int(number or 0))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
