@@ -42,6 +42,7 @@ class _OnPsycopg(AnySession):
     """What a session knows of a psycopg connection without waiting for it, blocking or not."""
 
     engine = ENGINE
+    fresh = False  # whether this module has begun it, a moment ago
     _connection: AnyConnection
 
     def lock(self, wish: Wish) -> ServerLock:
@@ -51,6 +52,7 @@ class _OnPsycopg(AnySession):
             server_version=info.server_version,
             client_backend_pid=info.backend_pid,
             own=self.loan is None,
+            fresh=self.fresh,
         )
 
     @property
@@ -174,9 +176,11 @@ def connect(conninfo: str, program: str = "") -> Session:  # noqa: ARG001 - each
 
     readable, password = _checked(conninfo)
     try:
-        return PsycopgSession(psycopg.connect(readable, autocommit=True, prepare_threshold=None))
+        session = PsycopgSession(psycopg.connect(readable, autocommit=True, prepare_threshold=None))
     except psycopg.Error as error:
         raise _not_connected(error, password) from None
+    session.fresh = True
+    return session
 
 
 async def connect_async(conninfo: str, program: str = "") -> AsyncSession:  # noqa: ARG001
@@ -186,11 +190,13 @@ async def connect_async(conninfo: str, program: str = "") -> AsyncSession:  # no
 
     readable, password = _checked(conninfo)
     try:
-        return AsyncPsycopgSession(
+        session = AsyncPsycopgSession(
             await psycopg.AsyncConnection.connect(readable, autocommit=True, prepare_threshold=None)
         )
     except psycopg.Error as error:
         raise _not_connected(error, password) from None
+    session.fresh = True
+    return session
 
 
 def adopt(connection: psycopg.Connection[Any]) -> Session:

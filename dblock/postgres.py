@@ -100,7 +100,9 @@ ENGINE = Engine(
 class AdvisoryLock:
     """One advisory lock in one session: a `dblock.protocol.ServerLock`."""
 
-    def __init__(self, wish: Wish, *, server_version: int, client_backend_pid: int, own: bool) -> None:
+    def __init__(
+        self, wish: Wish, *, server_version: int, client_backend_pid: int, own: bool, fresh: bool = False
+    ) -> None:
         """Prepare; nothing is sent.
 
         Args:
@@ -108,9 +110,11 @@ class AdvisoryLock:
             server_version: as libpq counts it, 150018 for 15.18.
             client_backend_pid: what the driver was told at connecting. A pooler makes that number up.
             own: whether the session is the lock's own; otherwise the caller's, and left as it was found.
+            fresh: whether the session was begun for this acquire: if the backend is its own, it holds nothing.
         """
         self.wish = wish
         self.may_hold = False
+        self._fresh = fresh
         self._names = LockNames.of(wish)
         self._client_backend_pid = client_backend_pid
         self._surroundings = (
@@ -241,7 +245,8 @@ class AdvisoryLock:
         """Take the lock where the session can be trusted with it, has it not yet, and nobody waits: in one message."""
         around = self._surroundings
         pid = self._trusted_pid(conditions)
-        text = _try_at_once(self._names, around, _fit(self.wish, conditions, pid))
+        known_free = self._fresh and pid is not None
+        text = _try_at_once(self._names, around, _fit(self.wish, conditions, pid), known_free=known_free)
         row = yield around.first(text, pid, conditions.release_seconds)
         attempt = Attempt(*row[:3])
         self._application_name = attempt.before
@@ -685,7 +690,7 @@ class Attempt(NamedTuple):
     before: str  # application_name
 
 
-def _try_at_once(lock: LockNames, around: OwnSession, fit: str) -> str:
+def _try_at_once(lock: LockNames, around: OwnSession, fit: str, *, known_free: bool = False) -> str:
     """Take the lock if it is free and nobody waits for it: holding (h, 0) for a moment proves that nobody does.
 
     Within the caller's transaction that moment must not last until the transaction ends.
@@ -694,11 +699,12 @@ def _try_at_once(lock: LockNames, around: OwnSession, fit: str) -> str:
         lock: the names.
         around: whose session it is.
         fit: whether the session can be trusted with the lock.
+        known_free: a session that is fit cannot have the lock: a look into pg_locks costs a new backend a millisecond.
     """
     conditions = f"""
                 WHEN NOT ({fit}) THEN '{UNFIT}'
                 WHEN NOT pg_try_advisory{"" if around.scope else "_xact"}_lock({lock.high}, 0) THEN '{WAITED_FOR}'
-                WHEN {_own_lock(lock.key)} THEN '{ALREADY_HELD}'
+                {"" if known_free else f"WHEN {_own_lock(lock.key)} THEN '{ALREADY_HELD}'"}
     """
     leave_queue = f", CASE WHEN outcome NOT IN ('{UNFIT}', '{WAITED_FOR}') THEN pg_advisory_unlock({lock.high}, 0) END"
     return f"""
