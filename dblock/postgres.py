@@ -129,6 +129,7 @@ class AdvisoryLock:
         self._slices = 0
         self._application_name: Any = KEEP_LABEL
         self._queued = False  # since the first message of the queue was sent
+        self._unsettled = False  # the grant came in a message that waited: the caller may have been gone by then
         self._ticket: Ticket | None = None
         self._may_be_callers = True  # what the session has of the lock, until a reply says that it had none before
 
@@ -177,7 +178,7 @@ class AdvisoryLock:
         if not (conditions.database or "").isascii():
             yield from self.open(conditions)  # the caller's client_encoding may have no such letters
         self._ticket = None
-        self._queued = False
+        self._queued = self._unsettled = False
         self._application_name = KEEP_LABEL
         self._may_be_callers = True
         self.may_hold = True
@@ -203,7 +204,7 @@ class AdvisoryLock:
         return granted
 
     def settle(self) -> Steps[None]:
-        if message := self._surroundings.settling(waited=self._queued):
+        if message := self._surroundings.settling(waited=self._unsettled):
             yield message
 
     def withdraw(self) -> Steps[None]:
@@ -301,9 +302,10 @@ class AdvisoryLock:
                 self._ticket = Ticket(self._ticket.number, predecessor)
             else:
                 wait = _wait_for_lock(self._names, milliseconds) if locked_out else ""
-                take = _take_as_head(self._names, self._ticket, around)
+                take = _take_as_head(self._names, self._ticket, around, settled=not wait)
                 outcome, slot, *_ = yield around.attempt(wait + take)
                 if outcome == GRANTED:
+                    self._unsettled = bool(wait)
                     return Granted(self._application_name, slot)
                 locked_out = outcome == BUSY
                 if outcome == FULL:
@@ -498,16 +500,16 @@ class OwnSession:
 
         From now on the session may be silent, where it was told otherwise because it had to wait.
         """
-        return f"SELECT {self._own_silence()}" if waited else ""
+        return f"SELECT {self.own_silence()}" if waited else ""
 
     def undoing(self, text: str, application_name: Any) -> str:
         """A message after which nothing is left of an acquire, not even where a message before it failed."""
         return f"{text}; {self._restore(application_name)}"
 
     def _restore(self, application_name: Any) -> str:
-        return f"SELECT {_name(application_name, self.local)}, {self._own_silence()}"
+        return f"SELECT {_name(application_name, self.local)}, {self.own_silence()}"
 
-    def _own_silence(self) -> str:
+    def own_silence(self) -> str:
         """Let the session be silent for as long as it could before."""
         if not self.found.silence:
             return "NULL"  # nothing was found, nothing was set
@@ -609,7 +611,7 @@ class InTransaction(OwnSession):
             SELECT set_config('search_path', {_quote(found.search_path)}, true),
                    set_config('statement_timeout', {_quote(found.statement_timeout)}, true),
                    set_config('lock_timeout', {_quote(found.lock_timeout)}, true),
-                   {self._own_silence() if waited else "NULL"};
+                   {self.own_silence() if waited else "NULL"};
             RELEASE SAVEPOINT {self._savepoint}
         """
 
@@ -886,10 +888,11 @@ def _wait_for_lock(lock: LockNames, milliseconds: int) -> str:
     """
 
 
-def _take_as_head(lock: LockNames, ticket: Ticket, around: OwnSession) -> str:
+def _take_as_head(lock: LockNames, ticket: Ticket, around: OwnSession, *, settled: bool) -> str:
     """Take the lock if it is free. With the grant the ticket goes back, so that the next becomes head.
 
-    The session is still ended if it falls silent: whoever is frozen or cut off in this message must not keep the lock.
+    After a wait the session is still ended if it falls silent: whoever was frozen or cut off meanwhile must not keep
+    the lock. Otherwise that is settled at once.
     """
     return f"""
         WITH {_attempt(lock, around)}
@@ -897,6 +900,7 @@ def _take_as_head(lock: LockNames, ticket: Ticket, around: OwnSession) -> str:
                CASE outcome WHEN '{GRANTED}' THEN pg_advisory_unlock({lock.high}, {ticket.number}) END,
                CASE outcome WHEN '{GRANTED}' THEN pg_advisory_unlock_shared({lock.high}, 0) END,
                CASE outcome WHEN '{GRANTED}' THEN {_label("", lock.holding_fields, around)} END
+               {f", CASE outcome WHEN '{GRANTED}' THEN {around.own_silence()} END" if settled else ""}
         FROM attempt
     """
 
