@@ -1,0 +1,158 @@
+"""The fault maker: does to processes, sessions, the network and the server what can happen to them.
+
+Whatever it does, it writes into the log what, to whom, when at the earliest and when at the latest. It sends signals
+only to processes of the soak's own workers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from dblock.demo.server import Server
+from tests.soak.events import GRACE_SECONDS, Log
+from tests.soak.referee import CANCEL, CUT, DISTURB, LIMITS, RESTART, TERMINATE, Referee, Section
+from tests.soak.servers import Observer
+
+SHORT_CUT_SECONDS = 2.5  # of one who is not told of it, or waits: longer than a waiter may be silent
+SHORT_FREEZE_SECONDS = (0.05, 0.5)
+LONG_FREEZE_SECONDS = (2.5, 7.0)  # longer than a waiter may be silent, and than an answer may take
+
+
+class FaultMaker:
+    def __init__(
+        self,
+        referee: Referee,
+        log: Log,
+        server: Server,
+        observers: dict[str, Observer],
+        networks: dict[str, subprocess.Popen[str]],
+    ) -> None:
+        self._referee = referee
+        self._log = log
+        self._server = server
+        self._observers = observers
+        self._networks = networks
+        self._frozen: dict[int, float] = {}  # until when
+        self._kinds: dict[Callable[[], object], float] = {
+            self._kill: 6,
+            self._terminate: 6,
+            self._cancel: 5,
+            self._freeze: 4,
+            self._interrupt: 5,
+            self._cut: 2,
+            self._restart: 1,
+        }
+
+    def make(self) -> None:
+        """Make a fault, if there is somebody for it to happen to."""
+        random.choices(list(self._kinds), list(self._kinds.values()))[0]()
+
+    def thaw(self, *, all_of_them: bool = False) -> None:
+        """Let those go on that have been frozen for as long as they should."""
+        for pid, until in list(self._frozen.items()):
+            if all_of_them or time.monotonic() >= until:
+                del self._frozen[pid]
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+                self._log.write("continued", pid=pid)
+
+    # --- whom it happens to -------------------------------------------------------------------------------------------
+
+    def _victim(self, condition: Callable[[Section], bool] = lambda _: True) -> Section | None:
+        state = random.choice(["holder", "waiter"])
+        found = [live for live in self._referee.live.values() if live.state == state and condition(live)]
+        return random.choice(found) if found else None
+
+    def _processes(self, section: Section) -> list[int]:
+        return [pid for pid in {section.worker, *section.pids} if pid not in self._frozen and is_ours(pid, section)]
+
+    def _write(self, began: float, what: str, name: str, section: Section | None = None, free_in: float = 0) -> None:
+        self._log.write("fault", section.name if section else "", at=began, what=what, name=name,
+                        done=time.monotonic(), free_in=free_in)  # fmt: skip
+
+    # --- what happens -------------------------------------------------------------------------------------------------
+
+    def _signal(self, name: str, number: signal.Signals) -> None:
+        section = self._victim()
+        if section is None or not (processes := self._processes(section)):
+            return
+        began = time.monotonic()
+        os.kill(random.choice(processes), number)
+        self._write(began, DISTURB, f"{name}, {section.state}", section)
+
+    def _kill(self) -> None:
+        self._signal("kill -9", signal.SIGKILL)
+
+    def _interrupt(self) -> None:
+        number = random.choice([signal.SIGINT, signal.SIGTERM])
+        self._signal(number.name, number)
+
+    def _freeze(self) -> None:
+        section = self._victim()
+        if section is None or not (processes := self._processes(section)):
+            return
+        pid = random.choice(processes)
+        length, bounds = random.choice([("short", SHORT_FREEZE_SECONDS), ("long", LONG_FREEZE_SECONDS)])
+        began = time.monotonic()
+        os.kill(pid, signal.SIGSTOP)
+        self._log.write("stopped", at=began, pid=pid)
+        self._frozen[pid] = began + random.uniform(*bounds)
+        self._write(began, DISTURB, f"SIGSTOP, {length}, {section.state}", section)
+
+    def _terminate(self) -> None:
+        self._to_session(TERMINATE, "session terminated", lambda observer, session: observer.end(session))
+
+    def _cancel(self) -> None:
+        self._to_session(CANCEL, "statement cancelled", lambda observer, session: observer.cancel(session))
+
+    def _to_session(self, what: str, name: str, do: Callable[[Observer, int], bool]) -> None:
+        section = self._victim()
+        if section is None:
+            return
+        observer = self._observers[section.engine]
+        session = observer.sessions().get(section.name)
+        if session is None:
+            return
+        began = time.monotonic()
+        if do(observer, session):
+            self._write(began, what, f"{name}, {section.state}", section)
+
+    def _cut(self) -> None:
+        section = self._victim(lambda section: section.link is not None)
+        if section is None:
+            return
+        seconds = SHORT_CUT_SECONDS
+        if section.watched and section.state == "holder":
+            # When the server would let go at the earliest, were it not for some seconds more that it gives.
+            seconds = LIMITS[CUT] + (GRACE_SECONDS if section.door == "dblock run" else 0)
+        network = self._networks[section.engine]
+        assert network.stdin is not None
+        assert network.stdout is not None
+        began = time.monotonic()
+        network.stdin.write(f"{section.link} {seconds}\n")
+        network.stdin.flush()
+        if json.loads(network.stdout.readline()):
+            self._write(began, CUT, f"network cut, {section.state}", section, free_in=seconds)
+
+    def _restart(self) -> None:
+        mode = random.choice(["fast", "immediate"])
+        began = time.monotonic()
+        self._server.stop(mode)
+        self._write(began, RESTART, f"server restarted, {mode}")
+        self._server.start()
+        self._observers["postgres"].connect()
+
+
+def is_ours(pid: int, section: Section) -> bool:
+    """Whether the process is (still) one of the worker's: each worker has a session of its own."""
+    try:
+        return os.getsid(pid) == section.worker
+    except ProcessLookupError:
+        return False
