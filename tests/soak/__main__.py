@@ -29,8 +29,7 @@ from rich.table import Table
 
 from dblock.demo.server import Server, postgres_server
 from tests.soak.events import PATIENCE_SECONDS, Log, Reader
-from tests.soak.faults import FaultMaker
-from tests.soak.plants import PLANTS
+from tests.soak.faults import WEIGHTS, FaultMaker
 from tests.soak.referee import LEFT_SECONDS, Referee
 from tests.soak.servers import Observer, PostgresObserver, SqlServerObserver
 from tests.soak.worker import MOST_SLOTS, STEP
@@ -38,11 +37,12 @@ from tests.soak.worker import MOST_SLOTS, STEP
 ROOT = Path(__file__).parent.parent.parent
 DOORS = ["lock", "lock", "lock", "alock", "alock", "dblock run", "dblock run", "psql", "psql", "script", "script",
          "connection", "connection", "SQLAlchemy", "SQLAlchemy"]  # fmt: skip
-MSSQL_DOORS = ["lock", "dblock run", "script", "connection", "SQLAlchemy"]
+MSSQL_DOORS = ["lock", "alock", "dblock run", "script", "connection", "SQLAlchemy"]
 LOOK_SECONDS = 0.5
 PAUSE_SECONDS = 0.01
 PROGRESS_SECONDS = 30
 SHOWN_VIOLATIONS = 20
+ENDED_BY_FAULTS = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, 130}  # the second and third as it starts
 HANG_SECONDS = PATIENCE_SECONDS + 20  # for a worker to end what it is doing: a wait, and more than the longest section
 
 
@@ -53,19 +53,23 @@ class Plan:
     Attributes:
         seconds: how long.
         fault_seconds: between two faults, in the mean.
+        faults: their kinds.
         doors: of the workers on PostgreSQL.
         targets: how many.
         long_share: of the sections, that last for seconds.
+        patience_seconds: the longest time to wait for a lock.
         plant: a bug to be planted into each worker.
         mssql_url: of a SQL Server, if there is one.
         log: where the events go; None: nowhere that remains.
     """
 
     seconds: float
-    fault_seconds: float = 0.7
+    fault_seconds: float = 0.5
+    faults: Sequence[str] = tuple(WEIGHTS)
     doors: Sequence[str] = field(default_factory=lambda: DOORS)
     targets: int = 8
     long_share: float = 0.025
+    patience_seconds: float = PATIENCE_SECONDS
     plant: str | None = None
     mssql_url: str | None = None
     log: Path | None = None
@@ -91,8 +95,6 @@ class Worker:
 
     def has_ended(self) -> bool:
         """Whether it has, and if so, end what is left of its clients."""
-        if self.process.returncode is not None:
-            return True
         # It stays a zombie until its group is killed: so that the group's number is nobody else's.
         if os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             return False
@@ -109,6 +111,12 @@ class Worker:
         with suppress(BrokenPipeError):
             self.process.stdin.close()
         self._log.write("gone", worker=self.process.pid)
+
+    def complaint(self) -> str:
+        return " / ".join(self._complaints.read_text(errors="replace").splitlines()[-3:])
+
+    def __str__(self) -> str:
+        return f"worker {self.number} ({self.door})"
 
     def tell(self, text: bytes) -> None:
         """Write to its stdin."""
@@ -156,6 +164,8 @@ class Soak:
         if plan.mssql_url:
             self._observers["mssql"] = SqlServerObserver(plan.mssql_url)
             urls["mssql"], doors["mssql"] = plan.mssql_url, MSSQL_DOORS
+        for observer in self._observers.values():
+            stack.callback(observer.close)
         self._workers: list[Worker] = []
         stack.callback(self._end_all)
         networks = {}
@@ -166,10 +176,10 @@ class Soak:
                 configuration = {
                     "number": number, "door": door, "engine": engine, "url": url, "cut_url": cut_urls[link],
                     "link": link, "targets": self._targets, "log": path, "long_share": plan.long_share,
-                    "plant": plan.plant,
+                    "patience": plan.patience_seconds, "plant": plan.plant,
                 }  # fmt: skip
                 self._workers.append(Worker(configuration, self._log, folder / f"worker-{number}"))
-        self._faults = FaultMaker(self._referee, self._log, server, self._observers, networks)
+        self._faults = FaultMaker(self._referee, self._log, server, self._observers, networks, kinds=plan.faults)
         self._folder = folder
 
     def run(self, console: Console) -> dict[str, Any]:
@@ -196,8 +206,11 @@ class Soak:
         self._referee.read(self._reader.new())
         self._faults.thaw()
         for worker in self._workers:
-            if worker.has_ended() and restart:
-                worker.start()
+            if worker.process.returncode is None and worker.has_ended():
+                if worker.process.returncode not in ENDED_BY_FAULTS:
+                    self._referee.violations.append(f"{worker} ended by itself: {worker.complaint()}")
+                if restart:
+                    worker.start()
         if time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + LOOK_SECONDS
             for engine, observer in self._observers.items():
@@ -218,7 +231,7 @@ class Soak:
         ]:
             self._step(restart=False)
             if time.monotonic() > deadline:
-                self._referee.violations += [f"worker {one.number} ({one.door}) hangs" for one in waited_for]
+                self._referee.violations += [f"{worker} hangs" for worker in waited_for]
                 break
         # What is left behind is known by then.
         deadline = time.monotonic() + LEFT_SECONDS + 1
@@ -280,12 +293,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found there")
     parser.add_argument("--log", type=Path, metavar="FILE", help="write all events there")
-    parser.add_argument("--plant", choices=PLANTS, help="plant a bug, to see the referee find it")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, interrupted)
-    plan = Plan(
-        seconds=args.minutes * 60, plant=args.plant, log=args.log, mssql_url=os.environ.get("DBLOCK_TEST_MSSQL_URL")
-    )
+    plan = Plan(seconds=args.minutes * 60, log=args.log, mssql_url=os.environ.get("DBLOCK_TEST_MSSQL_URL"))
     console = Console()
     try:
         found = soak(plan, console)

@@ -12,17 +12,20 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from dblock.demo.server import Server
 from tests.soak.events import GRACE_SECONDS, Log
-from tests.soak.referee import CANCEL, CUT, DISTURB, LIMITS, RESTART, TERMINATE, Referee, Section
+from tests.soak.referee import CANCEL, CUT, DISTURB, KILL, LIMITS, RESTART, TERMINATE, Referee, Section
 from tests.soak.servers import Observer
 
 SHORT_CUT_SECONDS = 2.5  # of one who is not told of it, or waits: longer than a waiter may be silent
 SHORT_FREEZE_SECONDS = (0.05, 0.5)
 LONG_FREEZE_SECONDS = (2.5, 7.0)  # longer than a waiter may be silent, and than an answer may take
+
+# The kinds of faults, and how frequent they are.
+WEIGHTS = {"kill": 6, "terminate": 6, "cancel": 5, "freeze": 4, "interrupt": 5, "cut": 2, "restart": 1}
 
 
 class FaultMaker:
@@ -33,6 +36,8 @@ class FaultMaker:
         server: Server,
         observers: dict[str, Observer],
         networks: dict[str, subprocess.Popen[str]],
+        *,
+        kinds: Sequence[str],
     ) -> None:
         self._referee = referee
         self._log = log
@@ -40,19 +45,12 @@ class FaultMaker:
         self._observers = observers
         self._networks = networks
         self._frozen: dict[int, float] = {}  # until when
-        self._kinds: dict[Callable[[], object], float] = {
-            self._kill: 6,
-            self._terminate: 6,
-            self._cancel: 5,
-            self._freeze: 4,
-            self._interrupt: 5,
-            self._cut: 2,
-            self._restart: 1,
-        }
+        self._kinds = kinds
 
     def make(self) -> None:
         """Make a fault, if there is somebody for it to happen to."""
-        random.choices(list(self._kinds), list(self._kinds.values()))[0]()
+        kind = random.choices(self._kinds, [WEIGHTS[kind] for kind in self._kinds])[0]
+        getattr(self, f"_{kind}")()
 
     def thaw(self, *, all_of_them: bool = False) -> None:
         """Let those go on that have been frozen for as long as they should."""
@@ -66,9 +64,12 @@ class FaultMaker:
     # --- whom it happens to -------------------------------------------------------------------------------------------
 
     def _victim(self, condition: Callable[[Section], bool] = lambda _: True) -> Section | None:
-        state = random.choice(["holder", "waiter"])
-        found = [live for live in self._referee.live.values() if live.state == state and condition(live)]
-        return random.choice(found) if found else None
+        found: dict[str, list[Section]] = {"holder": [], "waiter": []}
+        for live in self._referee.live.values():
+            if condition(live):
+                found[live.state].append(live)
+        some = [sections for sections in found.values() if sections]
+        return random.choice(random.choice(some)) if some else None
 
     def _processes(self, section: Section) -> list[int]:
         return [pid for pid in {section.worker, *section.pids} if pid not in self._frozen and is_ours(pid, section)]
@@ -107,12 +108,12 @@ class FaultMaker:
         self._write(began, DISTURB, f"SIGSTOP, {length}, {section.state}", section)
 
     def _terminate(self) -> None:
-        self._to_session(TERMINATE, "session terminated", lambda observer, session: observer.end(session))
+        self._to_session("session terminated", lambda observer, session: observer.end(session))
 
     def _cancel(self) -> None:
-        self._to_session(CANCEL, "statement cancelled", lambda observer, session: observer.cancel(session))
+        self._to_session("statement cancelled", lambda observer, session: observer.cancel(session), CANCEL)
 
-    def _to_session(self, what: str, name: str, do: Callable[[Observer, int], bool]) -> None:
+    def _to_session(self, name: str, do: Callable[[Observer, int], bool], what: str = "") -> None:
         section = self._victim()
         if section is None:
             return
@@ -122,6 +123,7 @@ class FaultMaker:
             return
         began = time.monotonic()
         if do(observer, session):
+            what = what or (TERMINATE if section.engine == "postgres" else KILL)
             self._write(began, what, f"{name}, {section.state}", section)
 
     def _cut(self) -> None:
@@ -147,6 +149,7 @@ class FaultMaker:
         self._server.stop(mode)
         self._write(began, RESTART, f"server restarted, {mode}")
         self._server.start()
+        self._observers["postgres"].close()
         self._observers["postgres"].connect()
 
 

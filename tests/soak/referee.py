@@ -17,14 +17,16 @@ from tests.soak.events import GRACE_SECONDS, HEARTBEAT_SECONDS, PATIENCE_SECONDS
 NOTICE_SECONDS = 1.0  # 250 ms at worst on a quiet machine; here some twenty processes share it
 ANSWER_SECONDS = 5.0  # how long a silent network may pass for a slow server
 LEFT_SECONDS = 5.0  # for what is left of a lock after its section: a waiter that is cut off is ended after 2 s
-ARRIVAL_SECONDS = 2.0  # between wanting a lock and standing in its queue: a process must start and connect
+ARRIVAL_SECONDS = 1.0  # between wanting a lock and standing in its queue
+LATE_ARRIVAL_SECONDS = 3.0  # the same, where an interpreter must start first
 
 SERVED_SECONDS = 0.1  # between the grant and the word of it
 
 # What may be done to a session or its holder; and how soon the holder must know, where that ends the session.
-TERMINATE, RESTART, CUT, CANCEL, DISTURB = "terminate", "restart", "cut", "cancel", "disturb"
+TERMINATE, KILL, RESTART, CUT, CANCEL, DISTURB = "terminate", "KILL", "restart", "cut", "cancel", "disturb"
 LIMITS = {
     TERMINATE: NOTICE_SECONDS,
+    KILL: HEARTBEAT_SECONDS + 1 + NOTICE_SECONDS,  # SQL Server's
     RESTART: NOTICE_SECONDS,
     CUT: HEARTBEAT_SECONDS + ANSWER_SECONDS + NOTICE_SECONDS,
 }
@@ -60,6 +62,7 @@ class Section:
         entered: the first moment at which it was inside.
         last: the last one of which it said so, not having been told otherwise.
         last_told: the last one at which it went on although it had been told.
+        left: when it began to give the lock back, not having asked whether it still had it.
         told: when it was told of a loss.
         over: when it ended, however.
     """
@@ -81,6 +84,7 @@ class Section:
     entered: float = inf
     last: float = -inf
     last_told: float = -inf
+    left: float = -inf
     told: float = inf
     over: float = inf
     outcome: str = "open"
@@ -158,13 +162,15 @@ class Referee:
                 case _:
                     self._note(self.sections[name], time, kind, details)
 
-    def _note(self, section: Section, time: float, kind: str, details: dict[str, Any]) -> None:
+    def _note(self, section: Section, time: float, kind: str, details: dict[str, Any]) -> None:  # noqa: C901 - a list
         match kind:
             case "party":
                 section.pids.append(details["pid"])
             case "entered":
                 section.entered = section.last = time
                 section.granted = details["slots"]
+            case "left" if not section.watched:
+                section.left = time  # if the release says that it was held until then
             case "inside" | "left":
                 if section.told == inf:
                     section.last = time
@@ -180,7 +186,7 @@ class Referee:
             case "released":
                 # The SIGTERM of which a command was told was no loss, then.
                 section.told = inf
-                section.last = max(section.last, section.last_told)
+                section.last = max(section.last, section.last_told, section.left)
                 self._end(section, time, "released")
             case "broken":
                 self._end(section, time, "broken")
@@ -369,12 +375,12 @@ def _order(visits: list[Section]) -> tuple[int, int, int]:
             break
         if len(section.targets) > 1:
             continue
-        recent = [other for other in recent if other.entered > section.entered - PATIENCE_SECONDS]
-        if section.entered - section.wanted > ARRIVAL_SECONDS and not section.faults:
+        arrived = section.wanted + (LATE_ARRIVAL_SECONDS if section.door == "dblock run" else ARRIVAL_SECONDS)
+        if section.entered > arrived and not section.faults:
             waited += 1
             for other in recent:
-                if other.wanted > section.wanted + ARRIVAL_SECONDS and section.entered > other.entered + SERVED_SECONDS:
+                if other.wanted > arrived and section.entered > other.entered + SERVED_SECONDS:
                     overtakers.add(other.name)
                     overtaken.add(section.name)
-        recent.append(section)
+        recent = [other for other in recent if other.entered > section.entered - PATIENCE_SECONDS] + [section]
     return waited, len(overtakers), len(overtaken)

@@ -16,9 +16,14 @@ class Observer(ABC):
 
     backend: backends.Backend
 
+    _connection: Any
+
     @abstractmethod
     def connect(self) -> None:
         """Connect, or connect anew."""
+
+    def close(self) -> None:
+        self._connection.close()
 
     @abstractmethod
     def end(self, session: int) -> bool:
@@ -80,7 +85,8 @@ class PostgresObserver(Observer):
         return all(row == (True,) for row in taken)
 
     def _says(self, statement: str, session: int) -> bool:
-        return self._connection.execute(statement.encode(), (session,)).fetchone() == (True,)
+        (done,) = self._connection.execute(statement, (session,)).fetchone()
+        return bool(done)
 
 
 class SqlServerObserver(Observer):
@@ -89,7 +95,8 @@ class SqlServerObserver(Observer):
         self.connect()
 
     def connect(self) -> None:
-        self.backend = backends.SqlServer(self._url, self._open())
+        self._connection = self._open()
+        self.backend = backends.SqlServer(self._url, self._connection)
 
     def _open(self) -> Any:
         import pymssql

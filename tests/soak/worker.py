@@ -27,11 +27,11 @@ from typing import Any, NoReturn
 import dblock
 from tests import doors
 from tests.soak import plants
-from tests.soak.events import GRACE_SECONDS, HEARTBEAT_SECONDS, PATIENCE_SECONDS, Inside, Log
+from tests.soak.events import GRACE_SECONDS, HEARTBEAT_SECONDS, Inside, Log
 
 STEP = "b"
 MOST_SLOTS = 3
-TIMEOUTS_SECONDS = (0.0, 0.02, 0.2, 2.0, PATIENCE_SECONDS, PATIENCE_SECONDS, PATIENCE_SECONDS)
+TIMEOUTS_SECONDS = (0.0, 0.02, 0.2, 2.0)
 ENDED_SECONDS = 10  # for a client that is told to end
 
 
@@ -60,6 +60,7 @@ class Configuration:
     targets: list[str]
     log: str
     long_share: float  # of the sections, that last for seconds
+    patience: float  # the longest time to wait
     plant: str | None
 
 
@@ -344,12 +345,13 @@ class ScriptDoor(Door):
 
 
 class ConnectionDoor(Door):
-    """The caller's own connection of the driver, which goes on from section to section as long as it can."""
+    """The caller's own connections of the driver, which go on from section to section as long as they can."""
 
     watched = False
     transactions = True
-    _connection: Any = None
-    _kind: tuple[str, bool] | None = None
+
+    def prepare(self) -> None:
+        self._connections: dict[tuple[str, bool], Any] = {}
 
     def hold(self, wish: Wish, inside: Inside, url: str) -> None:
         connection = self._usable((url, wish.in_transaction))
@@ -358,18 +360,16 @@ class ConnectionDoor(Door):
             connection.commit()
 
     def _usable(self, kind: tuple[str, bool]) -> Any:
-        if self._connection is not None:
+        url, in_transaction = kind
+        if kind in self._connections:
             try:
-                self._connection.rollback()
-                if kind == self._kind:
-                    return self._connection
-            except Exception:  # noqa: BLE001, S110 - it is not usable
-                pass
-            self._connection.close()
-        url, in_transaction = self._kind = kind
+                self._connections[kind].rollback()
+                return self._connections[kind]
+            except Exception:  # noqa: BLE001 - it is not usable
+                self._connections.pop(kind).close()
         connect = connect_psycopg if self.engine == "postgres" else connect_pymssql
-        self._connection = connect(url, autocommit=not in_transaction)
-        return self._connection
+        self._connections[kind] = connect(url, autocommit=not in_transaction)
+        return self._connections[kind]
 
 
 class AlchemyDoor(Door):
@@ -503,16 +503,17 @@ class Worker:
 
     def _wish(self) -> Wish:
         self._count += 1
+        targets = self._configuration.targets
         number = random.choices([1, 2, 3], [16, 1, 1])[0]
         shape = random.choice(["exclusive", "exclusive", "shared", "slots"]) if number == 1 else "exclusive"
         long = random.random() < self._configuration.long_share
         return Wish(
             section=f"{os.getpid()}-{self._count}",
-            targets=random.sample(self._configuration.targets, number),
+            targets=random.sample(targets, min(number, len(targets))),
             shared=shape == "shared",
             slots=random.randint(2, MOST_SLOTS) if shape == "slots" else None,
             in_transaction=self._door.transactions and not self._own_connection() and random.random() < 0.4,
-            timeout=random.choice(TIMEOUTS_SECONDS),
+            timeout=random.choice(TIMEOUTS_SECONDS) if random.random() < 0.5 else self._configuration.patience,
             seconds=random.uniform(1, 4) if long else random.uniform(0, 0.02),
         )
 
