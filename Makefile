@@ -4,16 +4,21 @@
 #     make test       linting, typing and the tests, on a throw-away PostgreSQL
 #     make bench      dblock beside the raw driver and its peers; table and plots land in .bench/
 #
+# and one for patient people, on Linux:
+#
+#     make soak       many processes, through every door, while everything breaks that can; MINUTES=20
+#
 # Everything they need goes into .venv. PYTHON=… chooses the interpreter, PYTEST_ARGS=… is handed to pytest: -n 0 runs
 # the tests one after the other.
 
 PYTHON ?=
 PYTEST_ARGS ?=
+MINUTES ?= 20
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 PIP_INSTALL = .venv/bin/python -m pip install --quiet
 
-.PHONY: help demo test bench picture clean
+.PHONY: help demo test bench soak picture clean
 
 help:
 	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
@@ -32,12 +37,19 @@ bench: .venv/with-everything
 	@$(PIP_INSTALL) --group bench
 	@.venv/bin/python -m benchmarks --output .bench
 
+# What was found lands in .soak/ as well; DBLOCK_TEST_MSSQL_URL brings a SQL Server in.
+soak: .venv/with-everything
+	@mkdir -p .soak
+	@.venv/bin/python -m tests.soak --minutes $(MINUTES) --json .soak/found.json
+
 # The picture in the README.
 picture: .venv/with-demo
 	.venv/bin/dblock demo --targets 1 --svg docs/demo.svg
 
 clean:
 	rm -rf .venv .demo .bench .mypy_cache .pytest_cache .ruff_cache build dist
+
+	rm -rf .venv .demo .soak .mypy_cache .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # Installed in place: what is edited is what runs. The stamps let a second run begin at once.

@@ -251,7 +251,9 @@ class Referee:
         if not (section.wanted <= fault.done and fault.began <= section.over):
             return False
         if fault.what == RESTART:
-            return section.engine == "postgres"
+            # Who entered when the server was down came with a new session, unless it was told so at once.
+            old = section.entered <= fault.done or section.told < section.entered + NOTICE_SECONDS
+            return section.engine == "postgres" and (old or section.entered == inf)
         if fault.what == CUT:
             return section.worker == fault.worker and section.link is not None
         return section.name == fault.section
