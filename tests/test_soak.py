@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.soak.__main__ import DOORS, ROOT, Plan, soak
+from tests.soak.__main__ import DOORS, MSSQL_DOORS, ROOT, Plan, soak
 from tests.soak.events import HEARTBEAT_SECONDS, Event
 from tests.soak.referee import ANSWER_SECONDS, CANCEL, CUT, LEFT_SECONDS, RESTART, TERMINATE, Referee
 from tests.support import wait_until
@@ -21,7 +20,10 @@ from tests.support import wait_until
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the soak is for Linux: it knows its processes by /proc"),
     pytest.mark.timeout(240),
+    pytest.mark.xdist_group("a soak"),  # many processes are at work in one
 ]
+
+NOTICE_SECONDS = 3.0  # beside whatever other tests may run
 
 
 @pytest.fixture(autouse=True)
@@ -49,12 +51,22 @@ def processes(mark: str) -> list[str]:
     return found
 
 
-def test_short() -> None:
-    found = soak(Plan(seconds=20, fault_seconds=0.3, mssql_url=os.environ.get("DBLOCK_TEST_MSSQL_URL")))
+def check_short(mssql_url: str | None) -> dict[str, Any]:
+    found = soak(Plan(seconds=20, fault_seconds=0.3, notice_seconds=NOTICE_SECONDS, mssql_url=mssql_url))
     assert found["violations"] == []
     assert found["sections"] >= 100
     assert found["faults"].total() >= 20
     assert {f"{door} (postgres)" for door in DOORS} <= set(found["held"])
+    return found
+
+
+def test_short() -> None:
+    check_short(None)
+
+
+def test_short_with_sql_server(mssql_url: str) -> None:
+    found = check_short(mssql_url)
+    assert {f"{door} (mssql)" for door in MSSQL_DOORS} <= set(found["held"])
 
 
 def test_broken_off() -> None:
@@ -99,7 +111,6 @@ def test_queue_off() -> None:
         )
         assert found["violations"] == []
         order = found["order"]
-        print(found)
         assert order["served after a wait"] >= 5
         return float(order["overtaken"] / order["served after a wait"])
 

@@ -30,7 +30,7 @@ from rich.table import Table
 from dblock.demo.server import Server, postgres_server
 from tests.soak.events import PATIENCE_SECONDS, Log, Reader
 from tests.soak.faults import WEIGHTS, FaultMaker
-from tests.soak.referee import LEFT_SECONDS, Referee
+from tests.soak.referee import LEFT_SECONDS, NOTICE_SECONDS, Referee
 from tests.soak.servers import Observer, PostgresObserver, SqlServerObserver
 from tests.soak.worker import MOST_SLOTS, STEP
 
@@ -58,6 +58,7 @@ class Plan:
         targets: how many.
         long_share: of the sections, that last for seconds.
         patience_seconds: the longest time to wait for a lock.
+        notice_seconds: as of the referee.
         plant: a bug to be planted into each worker.
         mssql_url: of a SQL Server, if there is one.
         log: where the events go; None: nowhere that remains.
@@ -70,12 +71,13 @@ class Plan:
     targets: int = 8
     long_share: float = 0.025
     patience_seconds: float = PATIENCE_SECONDS
+    notice_seconds: float = NOTICE_SECONDS
     plant: str | None = None
     mssql_url: str | None = None
     log: Path | None = None
 
 
-class Worker:
+class WorkerProcess:
     """A worker's process, started anew whenever it has ended."""
 
     def __init__(self, configuration: dict[str, Any], log: Log, complaints: Path) -> None:
@@ -151,7 +153,7 @@ def network(url: str, count: int) -> Iterator[tuple[subprocess.Popen[str], list[
 class Soak:
     def __init__(self, plan: Plan, server: Server, folder: Path, stack: ExitStack) -> None:
         self._plan = plan
-        self._referee = Referee()
+        self._referee = Referee(plan.notice_seconds)
         path = str(plan.log or folder / "log")
         Path(path).unlink(missing_ok=True)
         self._log = Log(path)
@@ -166,7 +168,7 @@ class Soak:
             urls["mssql"], doors["mssql"] = plan.mssql_url, MSSQL_DOORS
         for observer in self._observers.values():
             stack.callback(observer.close)
-        self._workers: list[Worker] = []
+        self._workers: list[WorkerProcess] = []
         stack.callback(self._end_all)
         networks = {}
         for engine, url in urls.items():
@@ -178,7 +180,7 @@ class Soak:
                     "link": link, "targets": self._targets, "log": path, "long_share": plan.long_share,
                     "patience": plan.patience_seconds, "plant": plan.plant,
                 }  # fmt: skip
-                self._workers.append(Worker(configuration, self._log, folder / f"worker-{number}"))
+                self._workers.append(WorkerProcess(configuration, self._log, folder / f"worker-{number}"))
         self._faults = FaultMaker(self._referee, self._log, server, self._observers, networks, kinds=plan.faults)
         self._folder = folder
 

@@ -133,7 +133,7 @@ class FaultMaker:
         seconds = SHORT_CUT_SECONDS
         if section.watched and section.state == "holder":
             # When the server would let go at the earliest, were it not for some seconds more that it gives.
-            seconds = LIMITS[CUT] + (GRACE_SECONDS if section.door == "dblock run" else 0)
+            seconds = LIMITS[CUT] + self._referee.notice + (GRACE_SECONDS if section.door == "dblock run" else 0)
         network = self._networks[section.engine]
         assert network.stdin is not None
         assert network.stdout is not None

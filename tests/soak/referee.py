@@ -22,13 +22,14 @@ LATE_ARRIVAL_SECONDS = 3.0  # the same, where an interpreter must start first
 
 SERVED_SECONDS = 0.1  # between the grant and the word of it
 
-# What may be done to a session or its holder; and how soon the holder must know, where that ends the session.
+# What may be done to a session or its holder; and how soon, and `NOTICE_SECONDS` more, the holder must know, where that
+# ends the session.
 TERMINATE, KILL, RESTART, CUT, CANCEL, DISTURB = "terminate", "KILL", "restart", "cut", "cancel", "disturb"
 LIMITS = {
-    TERMINATE: NOTICE_SECONDS,
-    KILL: HEARTBEAT_SECONDS + 1 + NOTICE_SECONDS,  # SQL Server's
-    RESTART: NOTICE_SECONDS,
-    CUT: HEARTBEAT_SECONDS + ANSWER_SECONDS + NOTICE_SECONDS,
+    TERMINATE: 0.0,
+    KILL: HEARTBEAT_SECONDS + 1,  # SQL Server's, which no socket tells of
+    RESTART: 0.0,
+    CUT: HEARTBEAT_SECONDS + ANSWER_SECONDS,
 }
 
 
@@ -123,6 +124,7 @@ class Referee:
     """Reads what happens, and judges when all is over.
 
     Attributes:
+        notice: how long a holder may take to know what it has been told.
         sections: all, by name.
         live: those that are not over.
         faults: how many there were, by name.
@@ -130,7 +132,8 @@ class Referee:
         violations: a sentence for each.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, notice: float = NOTICE_SECONDS) -> None:
+        self.notice = notice
         self.sections: dict[str, Section] = {}
         self.live: dict[str, Section] = {}
         self.faults: Counter[str] = Counter()
@@ -236,7 +239,7 @@ class Referee:
             if section.last > self._deadline(section):
                 self.violations.append(f"not told in time: {section}")
             if section.outcome.startswith("lost"):
-                if section.last_told > self._later(section, section.told, GRACE_SECONDS + NOTICE_SECONDS):
+                if section.last_told > self._later(section, section.told, GRACE_SECONDS + self.notice):
                     self.violations.append(f"outlived its grace, until {section.last_told:.3f}: {section}")
                 if not self._explains_loss(section):
                     self.violations.append(f"lost without a cause: {section}")
@@ -246,13 +249,12 @@ class Referee:
                     self.violations.append(f"two inside {target}: {first}; {second}")
             self.violations += [f"waited in vain while nobody was inside: {one}" for one in _starved(visits)]
 
-    @staticmethod
-    def _concerns(fault: Fault, section: Section) -> bool:
+    def _concerns(self, fault: Fault, section: Section) -> bool:
         if not (section.wanted <= fault.done and fault.began <= section.over):
             return False
         if fault.what == RESTART:
             # Who entered when the server was down came with a new session, unless it was told so at once.
-            old = section.entered <= fault.done or section.told < section.entered + NOTICE_SECONDS
+            old = section.entered <= fault.done or section.told < section.entered + self.notice
             return section.engine == "postgres" and (old or section.entered == inf)
         if fault.what == CUT:
             return section.worker == fault.worker and section.link is not None
@@ -264,10 +266,10 @@ class Referee:
         cut = min((fault.began for fault in ended if fault.what == CUT), default=inf)
         return min(
             (
-                self._later(section, max(fault.began, section.entered), LIMITS[fault.what])
+                self._later(section, max(fault.began, section.entered), LIMITS[fault.what] + self.notice)
                 for fault in ended
                 # Behind a cut nobody is told of anything else.
-                if fault.what == CUT or fault.began + NOTICE_SECONDS < cut
+                if fault.what == CUT or fault.began + self.notice < cut
             ),
             default=inf,
         )
@@ -297,7 +299,7 @@ class Referee:
             fault.what != CANCEL
             and (fault.worker == section.worker or (fault.what == RESTART and section.engine == "postgres"))
             # A session that is the worker's own goes on from one section to the next.
-            and section.wanted - NOTICE_SECONDS <= fault.done
+            and section.wanted - self.notice <= fault.done
             and fault.began <= section.told
             for fault in self._done
         )

@@ -329,9 +329,15 @@ class ScriptDoor(Door):
             cursor = connection.cursor()
             if self.engine == "postgres":
                 cursor.execute(CHECK_INTERVAL)
+
+            def say(text: str) -> None:
+                cursor.execute(text)
+                while cursor.nextset():
+                    pass
+
             for script in wish.scripts():
-                cursor.execute(set_wishes(script))
-                cursor.execute((folder / "acquire.sql").read_text())
+                say(set_wishes(script))
+                say((folder / "acquire.sql").read_text())
 
             def ask() -> str:
                 cursor.execute(slot)
@@ -340,7 +346,7 @@ class ScriptDoor(Door):
 
             ask_again_and_again(inside, [int(ask())] if wish.slots else [], ask)
             for _ in wish.targets:
-                cursor.execute((folder / "release.sql").read_text())
+                say((folder / "release.sql").read_text())
             connection.commit()
 
 
