@@ -25,7 +25,7 @@ SHORT_FREEZE_SECONDS = (0.05, 0.5)
 LONG_FREEZE_SECONDS = (2.5, 7.0)  # longer than a waiter may be silent, and than an answer may take
 
 # The kinds of faults, and how frequent they are.
-WEIGHTS = {"kill": 6, "terminate": 6, "cancel": 5, "freeze": 4, "interrupt": 5, "cut": 2, "restart": 1}
+WEIGHTS = {"kill": 6, "terminate": 6, "cancel": 5, "freeze": 4, "interrupt": 5, "cut": 3, "restart": 1}
 
 
 class FaultMaker:

@@ -20,7 +20,7 @@ LEFT_SECONDS = 5.0  # for what is left of a lock after its section: a waiter tha
 ARRIVAL_SECONDS = 1.0  # between wanting a lock and standing in its queue
 LATE_ARRIVAL_SECONDS = 3.0  # the same, where an interpreter must start first
 
-SERVED_SECONDS = 0.1  # between the grant and the word of it
+SERVED_SECONDS = 0.1  # below this nothing can be said of what came first, or whether somebody was frozen
 
 # What may be done to a session or its holder; and how soon, and `NOTICE_SECONDS` more, the holder must know, where that
 # ends the session.
@@ -321,10 +321,13 @@ class Referee:
             held[f"{section.door} ({section.engine})"][section.shape] += 1
         noticed: dict[str, list[float]] = defaultdict(list)
         for section in entered:
-            if section.watched and section.told < inf and not any(self._stops[pid] for pid in section.pids):
-                ended = [fault for fault in section.faults if fault.what in LIMITS]
-                if len(ended) == 1 and ended[0].began <= section.told:
-                    noticed[f"{ended[0].what} ({section.engine})"].append(section.told - ended[0].began)
+            ended = sorted((fault.began, fault.what) for fault in section.faults if fault.what in LIMITS)
+            if not section.watched or section.told == inf or not ended:
+                continue
+            began, what = max(ended[0][0], section.entered), ended[0][1]
+            never_frozen = self._later(section, began, section.told - began) < section.told + SERVED_SECONDS
+            if began <= section.told and never_frozen and (what == CUT or len(ended) == 1):
+                noticed[f"{what} ({section.engine})"].append(section.told - began)
         overtaken = overtakers = waited = 0
         for visits in self._by_target().values():
             served, late, passed = _order(visits)
