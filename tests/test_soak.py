@@ -97,25 +97,14 @@ def test_planted(plan: Plan, complaint: str) -> None:
 def test_queue_off() -> None:
     """What is not a violation shows in the count."""
 
-    def share(plant: str | None) -> float:
-        found = soak(
-            Plan(
-                seconds=8,
-                plant=plant,
-                doors=["lock"] * 8,
-                targets=1,
-                long_share=0.3,
-                patience_seconds=8,
-                faults=["cancel"],
-            )
-        )
+    def overtaken(plant: str | None) -> int:
+        plan = Plan(seconds=8, plant=plant, doors=["lock"] * 8, targets=1, long_share=0.3, patience_seconds=8,
+                    faults=["cancel"])  # fmt: skip
+        found = soak(plan)
         assert found["violations"] == []
-        order = found["order"]
-        assert order["served after a wait"] >= 5
-        return float(order["overtaken"] / order["served after a wait"])
+        return int(found["order"]["overtaken"])
 
-    assert share(None) == 0
-    assert share("queue-off") > 0.2
+    assert overtaken(None) < overtaken("queue-off") / 2
 
 
 # --- the rules, one by one --------------------------------------------------------------------------------------------

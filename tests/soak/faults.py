@@ -127,13 +127,15 @@ class FaultMaker:
             self._write(began, what, f"{name}, {section.state}", section)
 
     def _cut(self) -> None:
-        section = self._victim(lambda section: section.link is not None)
-        if section is None:
-            return
+        # Rather one who is to be told of it.
         seconds = SHORT_CUT_SECONDS
-        if section.watched and section.state == "holder":
+        if section := self._victim(lambda live: live.link is not None and live.watched and live.state == "holder"):
             # When the server would let go at the earliest, were it not for some seconds more that it gives.
             seconds = LIMITS[CUT] + self._referee.notice + (GRACE_SECONDS if section.door == "dblock run" else 0)
+        else:
+            section = self._victim(lambda live: live.link is not None)
+        if section is None:
+            return
         network = self._networks[section.engine]
         assert network.stdin is not None
         assert network.stdout is not None
