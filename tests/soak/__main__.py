@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
@@ -35,9 +35,9 @@ from tests.soak.servers import Observer, PostgresObserver, SqlServerObserver
 from tests.soak.worker import MOST_SLOTS, STEP
 
 ROOT = Path(__file__).parent.parent.parent
-DOORS = ["lock", "lock", "lock", "alock", "alock", "dblock run", "dblock run", "psql", "psql", "script", "script",
-         "connection", "connection", "SQLAlchemy", "SQLAlchemy"]  # fmt: skip
-MSSQL_DOORS = ["lock", "alock", "dblock run", "script", "connection", "SQLAlchemy"]
+DOORS = ("lock", "lock", "lock", "alock", "alock", "dblock run", "dblock run", "psql", "psql", "script", "script",
+         "connection", "connection", "SQLAlchemy", "SQLAlchemy")  # fmt: skip
+MSSQL_DOORS = ("lock", "alock", "dblock run", "script", "connection", "SQLAlchemy")
 LOOK_SECONDS = 0.5
 PAUSE_SECONDS = 0.01
 PROGRESS_SECONDS = 30
@@ -67,7 +67,7 @@ class Plan:
     seconds: float
     fault_seconds: float = 0.5
     faults: Sequence[str] = tuple(WEIGHTS)
-    doors: Sequence[str] = field(default_factory=lambda: DOORS)
+    doors: Sequence[str] = DOORS
     targets: int = 8
     long_share: float = 0.025
     patience_seconds: float = PATIENCE_SECONDS
@@ -139,13 +139,8 @@ def network(url: str, count: int) -> Iterator[tuple[subprocess.Popen[str], list[
         try:
             assert process.stdout is not None
             credentials, _, _ = server.netloc.rpartition("@")
-            yield (
-                process,
-                [
-                    server._replace(netloc=f"{credentials}@127.0.0.1:{port}").geturl()
-                    for port in json.loads(process.stdout.readline())
-                ],
-            )
+            ports = json.loads(process.stdout.readline())
+            yield process, [server._replace(netloc=f"{credentials}@127.0.0.1:{port}").geturl() for port in ports]
         finally:
             process.kill()
 
@@ -162,7 +157,7 @@ class Soak:
         stack.callback(self._log.close)
         self._targets = [f"web-{number:02}" for number in range(plan.targets)]
         self._observers: dict[str, Observer] = {"postgres": PostgresObserver(server.url)}
-        urls, doors = {"postgres": server.url}, {"postgres": plan.doors}
+        urls, doors = {"postgres": server.url}, {"postgres": tuple(plan.doors)}
         if plan.mssql_url:
             self._observers["mssql"] = SqlServerObserver(plan.mssql_url)
             urls["mssql"], doors["mssql"] = plan.mssql_url, MSSQL_DOORS
@@ -182,7 +177,7 @@ class Soak:
                 }  # fmt: skip
                 self._workers.append(WorkerProcess(configuration, self._log, folder / f"worker-{number}"))
         self._faults = FaultMaker(self._referee, self._log, server, self._observers, networks, kinds=plan.faults)
-        self._folder = folder
+        self._next_look = 0.0
 
     def run(self, console: Console) -> dict[str, Any]:
         began = time.monotonic()
@@ -218,8 +213,6 @@ class Soak:
             for engine, observer in self._observers.items():
                 self._referee.look(time.monotonic(), engine, observer.rows())
 
-    _next_look = 0.0
-
     def _finish(self) -> None:
         """Let all come to their end, and see what is left, while all the sessions still live."""
         self._faults.thaw(all_of_them=True)
@@ -245,6 +238,7 @@ class Soak:
                 for target in self._targets
                 if not observer.free(target, STEP, MOST_SLOTS)
             ]
+        self._referee.read(self._reader.new())
 
     def _end_all(self) -> None:
         for worker in self._workers:

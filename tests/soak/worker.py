@@ -122,7 +122,6 @@ class Door:
     pause_seconds = 0.15  # between two sections, at most
 
     def __init__(self, configuration: Configuration, log: Log) -> None:
-        self.url = configuration.url
         self.engine = configuration.engine
         self.log = log
         self.prepare()
@@ -254,7 +253,7 @@ class RunDoor(Door):
                 _, said = process.communicate()
             finally:
                 end(process)
-        if process.returncode == dblock_exit("lost"):
+        if process.returncode == doors.COMMAND.says("lost"):
             raise dblock.LockLost(said)
         if process.returncode:
             raise EndedError(f"exit code {process.returncode}")
@@ -446,10 +445,6 @@ def connect_pymssql(url: str, *, autocommit: bool) -> Any:
     return pymssql.connect(**driver_pymssql._arguments(url), autocommit=autocommit)
 
 
-def dblock_exit(outcome: str) -> object:
-    return doors.COMMAND.says(outcome)
-
-
 def end(process: subprocess.Popen[str]) -> None:
     """End a client that is still there because the worker was broken off."""
     if process.poll() is not None:
@@ -518,13 +513,10 @@ class Worker:
             targets=random.sample(targets, min(number, len(targets))),
             shared=shape == "shared",
             slots=random.randint(2, MOST_SLOTS) if shape == "slots" else None,
-            in_transaction=self._door.transactions and not self._own_connection() and random.random() < 0.4,
+            in_transaction=self._door.transactions and not self._door.watched and random.random() < 0.4,
             timeout=random.choice(TIMEOUTS_SECONDS) if random.random() < 0.5 else self._configuration.patience,
             seconds=random.uniform(1, 4) if long else random.uniform(0, 0.02),
         )
-
-    def _own_connection(self) -> bool:
-        return self._door.watched
 
 
 def expected(error: Exception) -> bool:
