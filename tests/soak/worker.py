@@ -360,9 +360,14 @@ class ConnectionDoor(Door):
 
     def hold(self, wish: Wish, inside: Inside, url: str) -> None:
         connection = self._usable((url, wish.in_transaction))
-        with dblock.lock(connection, **wish.arguments()) as lock:
-            ask_again_and_again(inside, list(lock.slots), lock.check)
-            connection.commit()
+        try:
+            with dblock.lock(connection, **wish.arguments()) as lock:
+                ask_again_and_again(inside, list(lock.slots), lock.check)
+                connection.commit()
+        except BaseException:
+            with suppress(Exception):
+                connection.rollback()  # or the transaction would go on, and its lock with it
+            raise
 
     def _usable(self, kind: tuple[str, bool]) -> Any:
         url, in_transaction = kind
