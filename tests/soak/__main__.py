@@ -290,7 +290,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found there")
     parser.add_argument("--log", type=Path, metavar="FILE", help="write all events there")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, interrupted)
+    for number in (signal.SIGINT, signal.SIGTERM):  # the first one is ignored in the background
+        signal.signal(number, interrupted)
     plan = Plan(seconds=args.minutes * 60, log=args.log, mssql_url=os.environ.get("DBLOCK_TEST_MSSQL_URL"))
     console = Console()
     try:

@@ -322,7 +322,8 @@ class Referee:
         noticed: dict[str, list[float]] = defaultdict(list)
         for section in entered:
             ended = sorted((fault.began, fault.what) for fault in section.faults if fault.what in LIMITS)
-            if not section.watched or section.told == inf or not ended:
+            # While it was inside: how long a release may take is another question.
+            if not section.watched or not ended or section.told > section.last + SERVED_SECONDS:
                 continue
             began, what = max(ended[0][0], section.entered), ended[0][1]
             never_frozen = self._later(section, began, section.told - began) < section.told + SERVED_SECONDS

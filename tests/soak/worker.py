@@ -32,6 +32,8 @@ from tests.soak.events import GRACE_SECONDS, HEARTBEAT_SECONDS, Inside, Log
 STEP = "b"
 MOST_SLOTS = 3
 TIMEOUTS_SECONDS = (0.0, 0.02, 0.2, 2.0)
+LONG_SECONDS = (1.0, 4.0)
+LONG_SECONDS_IN_A_CUT = (3.0, 10.0)  # long enough to be told of it
 ENDED_SECONDS = 10  # for a client that is told to end
 
 
@@ -481,8 +483,8 @@ class Worker:
 
     def _section(self) -> None:
         self._door.choose()
-        wish = self._wish()
         cut = random.random() < 0.4
+        wish = self._wish(LONG_SECONDS_IN_A_CUT if cut and self._door.watched else LONG_SECONDS)
         pids = [os.getpid()] if self._door.in_process else []
         self._log.write(
             "wanted", wish.section, worker=os.getpid(), door=self._configuration.door, shape=wish.shape,
@@ -507,7 +509,7 @@ class Worker:
         else:
             self._log.write("released", wish.section)
 
-    def _wish(self) -> Wish:
+    def _wish(self, long_seconds: tuple[float, float]) -> Wish:
         self._count += 1
         targets = self._configuration.targets
         number = random.choices([1, 2, 3], [16, 1, 1])[0]
@@ -520,7 +522,7 @@ class Worker:
             slots=random.randint(2, MOST_SLOTS) if shape == "slots" else None,
             in_transaction=self._door.transactions and not self._door.watched and random.random() < 0.4,
             timeout=random.choice(TIMEOUTS_SECONDS) if random.random() < 0.5 else self._configuration.patience,
-            seconds=random.uniform(1, 4) if long else random.uniform(0, 0.02),
+            seconds=random.uniform(*long_seconds) if long else random.uniform(0, 0.02),
         )
 
 
