@@ -65,8 +65,8 @@ def test_short() -> None:
 
 
 def test_short_with_sql_server(mssql_url: str) -> None:
-    found = check_short(mssql_url)
-    assert {f"{door} (mssql)" for door in MSSQL_DOORS} <= set(found["held"])
+    held = check_short(mssql_url)["held"]
+    assert sum(held[f"{door} (mssql)"].total() for door in MSSQL_DOORS) >= 5
 
 
 def test_broken_off() -> None:
