@@ -375,6 +375,7 @@ class ConnectionDoor(Door):
         url, in_transaction = kind
         if kind in self._connections:
             try:
+                self._connections[kind].cursor().execute("SELECT 1")
                 self._connections[kind].rollback()
                 return self._connections[kind]
             except Exception:  # noqa: BLE001 - it is not usable
