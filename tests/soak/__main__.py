@@ -42,6 +42,7 @@ LOOK_SECONDS = 0.5
 PAUSE_SECONDS = 0.01
 PROGRESS_SECONDS = 30
 SHOWN_VIOLATIONS = 20
+COMPLAINT_LINES = 30  # of a crash there are many
 ENDED_BY_FAULTS = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, 130}  # the second and third as it starts
 HANG_SECONDS = PATIENCE_SECONDS + 20  # for a worker to end what it is doing: a wait, and more than the longest section
 
@@ -83,7 +84,7 @@ class WorkerProcess:
     def __init__(self, configuration: dict[str, Any], log: Log, complaints: Path) -> None:
         self.number = configuration["number"]
         self.door = configuration["door"]
-        self._argv = [sys.executable, "-m", "tests.soak.worker", json.dumps(configuration)]
+        self._argv = [sys.executable, "-X", "faulthandler", "-m", "tests.soak.worker", json.dumps(configuration)]
         self._log = log
         self._complaints = complaints
         self.start()
@@ -115,7 +116,7 @@ class WorkerProcess:
         self._log.write("gone", worker=self.process.pid)
 
     def complaint(self) -> str:
-        return " / ".join(self._complaints.read_text(errors="replace").splitlines()[-3:])
+        return " / ".join(self._complaints.read_text(errors="replace").splitlines()[-COMPLAINT_LINES:])
 
     def __str__(self) -> str:
         return f"worker {self.number} ({self.door})"
@@ -205,7 +206,8 @@ class Soak:
         for worker in self._workers:
             if worker.process.returncode is None and worker.has_ended():
                 if worker.process.returncode not in ENDED_BY_FAULTS:
-                    self._referee.violations.append(f"{worker} ended by itself: {worker.complaint()}")
+                    code = worker.process.returncode
+                    self._referee.violations.append(f"{worker} ended by itself with {code}: {worker.complaint()}")
                 if restart:
                     worker.start()
         if time.monotonic() >= self._next_look:
