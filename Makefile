@@ -47,9 +47,7 @@ picture: .venv/with-demo
 	.venv/bin/dblock demo --targets 1 --svg docs/demo.svg
 
 clean:
-	rm -rf .venv .demo .bench .mypy_cache .pytest_cache .ruff_cache build dist
-
-	rm -rf .venv .demo .soak .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf .venv .demo .bench .soak .mypy_cache .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # Installed in place: what is edited is what runs. The stamps let a second run begin at once.
