@@ -598,7 +598,9 @@ class Life(ABC, Generic[S]):
         except DatabaseError as error:
             log.info("waiting for %s; who is in the way cannot be asked: %s", _name(lock.wish), error)
         else:
-            if look is not None:
+            if look is None:
+                log.info("still waiting for %s", _name(lock.wish))
+            else:
                 self._report(lock.wish, look)
 
 

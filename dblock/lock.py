@@ -185,7 +185,7 @@ class Lock(Life[Session]):
 
         @wraps(function)
         def locked(*args: P.args, **kwargs: P.kwargs) -> R:
-            with Lock(self._db, **self._arguments):
+            with type(self)(self._db, **self._arguments):
                 return function(*args, **kwargs)
 
         return locked

@@ -9,6 +9,7 @@ import signal
 from typing import Any
 
 import dblock
+from dblock import octopus
 from dblock.cli import options
 from dblock.cli.messages import LogHandler, say
 
@@ -24,6 +25,8 @@ the lock.
 The command finds DBLOCK_HELD=1, DBLOCK_KEY, DBLOCK_TARGET, DBLOCK_STEP, DBLOCK_TENANT (empty where none is given) and
 DBLOCK_SLOT (empty without --slots) in its environment, and does not find DBLOCK_URL. Where there are several targets,
 DBLOCK_KEY, DBLOCK_TARGET and DBLOCK_SLOT have a line for each, in the order in which they were given.
+
+In a step of Octopus Deploy the wait is told on stdout, in the form of its log, and a failure is the step's result.
 """
 
 _EXIT_CODES = """\
@@ -92,10 +95,28 @@ def add(commands: Any) -> None:
         default=5.0,
         help="how long the command may take to end by SIGTERM when the lock is lost; then it is killed (default: 5s)",
     )
+    parser.add_argument(
+        "--no-octopus",
+        action="store_true",
+        help="tell nothing in the form of Octopus Deploy's log: where the output is read by a program",
+    )
     parser.set_defaults(handler=handle, takes_command=True)
 
 
 def handle(args: argparse.Namespace) -> int:
+    if args.no_octopus or not octopus.in_a_step():
+        _log_to_stderr()
+        return _run(args, dblock.Lock)
+    octopus.speak()
+    try:
+        return _run(args, octopus.Lock)
+    except (dblock.Error, ValueError) as error:
+        if args.conflict_exit_code or not isinstance(error, (dblock.LockTimeout, dblock.LockDeadlock)):
+            octopus.tell_result(error)
+        raise
+
+
+def _run(args: argparse.Namespace, kind_of_lock: type[dblock.Lock]) -> int:
     if os.name != "posix":
         raise options.UsageError("dblock run needs the process groups of Unix; on Windows use dblock from Python")
     # Signals and process groups, which not every system has.
@@ -106,7 +127,7 @@ def handle(args: argparse.Namespace) -> int:
         raise options.UsageError("no command: write it after -- (see dblock run --help)")
     url = options.url(args)
     tenant = options.value(args, "tenant")
-    lock = dblock.Lock(
+    lock = kind_of_lock(
         url,
         target=options.targets(args),
         step=options.required(args, "step"),
@@ -122,7 +143,6 @@ def handle(args: argparse.Namespace) -> int:
         watched=False,  # the loop that waits for the command does that: no thread lives where it is forked off
         grace=args.grace,
     )
-    _log_to_stderr()
     code: int | None = None
     with process.Signals() as signals:
         try:
