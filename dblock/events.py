@@ -9,7 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import Any, Literal
 
 Happening = Literal["waiting", "acquired", "released", "lost", "timed out"]
@@ -22,19 +22,25 @@ def wanted() -> bool:
     return bool(os.environ.get("DBLOCK_EVENTS"))
 
 
-def tell(event: Happening, seconds: float, about: Iterable[Mapping[str, Any]]) -> None:
+def tell(event: Happening, seconds: float, about: Iterable[Mapping[str, Any]], *, ago: float) -> None:
     """Append a line for each lock.
 
     Args:
         event: what happened.
         seconds: how long was waited, or, of one that was released or lost, held.
         about: of each lock its key, names, tenant and labels.
+        ago: seconds since it happened.
     """
     path = os.environ.get("DBLOCK_EVENTS")
     if not path:
         return
-    now = datetime.now(tz=timezone.utc).isoformat(timespec="milliseconds")
-    common = {"time": now, "event": event, "seconds": round(seconds, 3), "process": os.getpid()}
+    moment = datetime.now(tz=timezone.utc) - timedelta(seconds=ago)
+    common = {
+        "time": moment.isoformat(timespec="milliseconds"),
+        "event": event,
+        "seconds": round(seconds, 3),
+        "process": os.getpid(),
+    }
     lines = "".join(json.dumps(common | dict(lock)) + "\n" for lock in about)
     try:
         # All at once and to the end, so that lines of several processes do not mix; and no pipe is waited for.

@@ -376,6 +376,7 @@ class Life(ABC, Generic[S]):
         """
         hold = self._hold
         ending: events.Happening = "released"
+        began = time.monotonic()  # the next holder's begin may be earlier than this one's end
         try:
             await self._give_up(at_exit=at_exit)
         except LockLost:
@@ -384,7 +385,7 @@ class Life(ABC, Generic[S]):
         finally:
             if hold is not None and self._hold is not hold and not hold.told:
                 hold.told = True
-                self._tell(ending, hold.since)
+                self._tell(ending, hold.since, began)
 
     async def _give_up(self, *, at_exit: bool) -> None:
         hold: Hold[S] | None = None
@@ -573,12 +574,14 @@ class Life(ABC, Generic[S]):
                 other._name,
             )
 
-    def _tell(self, event: events.Happening, since: float) -> None:
+    def _tell(self, event: events.Happening, since: float, until: float | None = None) -> None:
         """Append an event for each of the locks, where somebody wants to know."""
         if events.wanted():
             more = {"step": self.step, "tenant": self.tenant, "labels": self._labels}
             about = [{"key": wish.key.value, "target": wish.target, **more} for wish in self._wishes]
-            events.tell(event, time.monotonic() - since, about)
+            now = time.monotonic()
+            until = now if until is None else until
+            events.tell(event, until - since, about, ago=now - until)
 
     def _report(self, wish: Wish, look: Look) -> None:
         if not self._waits:

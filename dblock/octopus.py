@@ -116,8 +116,8 @@ class Lock(dblock.Lock):
             if "#{" in name:  # left as it was written; all steps that lack it would share the name
                 raise ValueError(f"{name!r} is a variable that Octopus does not know in this step")
 
-    def _tell(self, event: Happening, since: float) -> None:
-        super()._tell(event, since)
+    def _tell(self, event: Happening, since: float, until: float | None = None) -> None:
+        super()._tell(event, since, until)
         lock = f"the lock for step {self.step} on {', '.join(self.targets)}"
         if event == "waiting":
             write("wait", f"Another deployment has {lock}. This step waits for its turn, and goes on by itself.")

@@ -7,7 +7,10 @@ import json
 import re
 import socket
 import subprocess
+import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import psycopg
 import pytest
 
 import dblock
+from dblock.events import read
 from dblock.inspect import entries
 from dblock.protocol import REPORT_SECONDS
 from tests.backends import Backend, Postgres
@@ -66,7 +70,7 @@ class Steps:
     ) -> Step:
         folder = self._folder / str(next(self._numbers))
         folder.mkdir()
-        lay = bash_step if script is BASH_STEP else python_step
+        lay = bash_step if "dblock run" in script else python_step
         text = script.replace("{more}", more)
         return Step(folder, lay(folder, text, {**variables, "Locks.Url": self._url}), **environment)
 
@@ -326,3 +330,90 @@ def test_every_failure_of_the_command_is_the_steps_result(steps: Steps, more: st
     (result,) = done.log.results
     assert (done.code, done.stderr, WORK in done.log.lines) == (code, f"dblock: {result}\n", False)
     assert result.startswith(reason) or code == 77
+
+
+# --- the whole process ------------------------------------------------------------------------------------------------
+
+TENANTS = [f"T{number}" for number in range(1, 9)]
+TARGETS = ["web-01", "web-02"]
+# Steps a and c of all deployments meet inside: they end only if they all run at one time. They are under a lock for the
+# timeline's sake, a shared one. A step b that finds another one inside fails.
+MEET = """
+import dblock.octopus, pathlib, time
+
+target, tenant = get_octopusvariable("Octopus.Machine.Name"), get_octopusvariable("Octopus.Deployment.Tenant.Name")
+with dblock.octopus.lock(get_octopusvariable("Locks.Url"), step="{more}", shared=True):
+    place = pathlib.Path(get_octopusvariable("Test.Folder"))
+    (place / f"{more}-{target}-{tenant}").touch()
+    deadline = time.monotonic() + 60
+    while len(list(place.glob("{more}-*"))) < 16:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+"""
+ALONE = """
+import dblock.octopus, os
+
+with dblock.octopus.lock(get_octopusvariable("Locks.Url"), step="b", timeout=60):
+    inside = get_octopusvariable("Test.Folder") + "/b-inside-" + get_octopusvariable("Octopus.Machine.Name")
+    os.mkdir(inside)
+    os.rmdir(inside)
+"""
+ALONE_IN_BASH = BASH_STEP.replace("--", "--timeout 60 --", 1).replace(
+    'echo "the work of step b"',
+    'sh -c \'mkdir "$1" && rmdir "$1"\' - '
+    '"$(get_octopusvariable Test.Folder)/b-inside-$(get_octopusvariable Octopus.Machine.Name)"',
+)
+
+
+def test_eight_tenants_on_two_targets(postgres: Postgres, steps: Steps, events: Path, tmp_path: Path) -> None:
+    def deploy(tenant: str, target: str) -> list[Done]:
+        variables = VARIABLES | {
+            "Octopus.Machine.Name": target,
+            "Octopus.Deployment.Tenant.Name": tenant,
+            "Octopus.Deployment.Id": f"Deployments-{tenant[1:]}",
+            "Test.Folder": str(tmp_path),
+        }
+        alone = ALONE if int(tenant[1:]) % 2 else ALONE_IN_BASH
+        process = [("a", MEET), ("", alone), ("c", MEET)]
+        return [steps.run(more, variables, script, DBLOCK_EVENTS=str(events)) for more, script in process]
+
+    def has_waited() -> list[dict[str, Any]]:
+        return [each for each in read([str(events)]) if (each["step"], each["event"]) == ("b", "waiting")]
+
+    events.touch()
+    with ThreadPoolExecutor(16) as pool:
+        with ExitStack() as others:
+            for target in TARGETS:
+                others.enter_context(dblock.lock(postgres.url, target=target, step="b", tenant="T0"))
+            deployments = [pool.submit(deploy, tenant, target) for target in TARGETS for tenant in TENANTS]
+            wait_until(lambda: len(has_waited()) == 16, "all step b to wait")
+        done = [each.result() for each in deployments]
+
+    assert {(each.code, each.stderr) for each in itertools.chain.from_iterable(done)} == {(0, "")}
+    for target, deployment in zip([target for target in TARGETS for _ in TENANTS], done, strict=True):
+        _, b, _ = deployment
+        first, who, *_, turn = b.log.at("wait")
+        assert first == WAITS.replace("web-01", target)
+        assert who.startswith(f"waiting for b@{target}: held by tenant T")
+        assert TURN.fullmatch(turn.replace(target, "web-01"))
+
+    held: dict[str, list[tuple[float, float]]] = {}
+    for event in read([str(events)]):
+        if event["event"] == "released":
+            held.setdefault(event["lock"], []).append((event["moment"] - event["seconds"], event["moment"]))
+    for target in TARGETS:
+        assert [len(held[f"{name}@{target}"]) for name in "abc"] == [8, 8, 8]
+        one_by_one = sorted(held[f"b@{target}"])
+        assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(one_by_one))
+        for name in "ac":
+            begins, ends = zip(*held[f"{name}@{target}"], strict=True)
+            assert max(begins) < min(ends)
+
+    picture = tmp_path / "out.svg"
+    command = [sys.executable, "-m", "dblock", "timeline", str(events), "-o", str(picture)]
+    timeline = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert [line.split()[:2] for line in timeline.stdout.splitlines()[1:]] == [
+        [f"{name}@{target}", "8"] for name in "abc" for target in TARGETS
+    ]
+    drawn = picture.read_text(encoding="utf-8")
+    assert all(f">{tenant}<" in drawn for tenant in TENANTS)
