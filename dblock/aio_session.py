@@ -13,7 +13,7 @@ from inspect import isawaitable
 from typing import Any
 
 from dblock.protocol import HangUp, Message, Pause, Row, Steps, T, Wait
-from dblock.session import AnySession, Loan
+from dblock.session import AnySession, Loan, shut_down
 
 
 class AsyncSession(AnySession):
@@ -22,6 +22,7 @@ class AsyncSession(AnySession):
     def __init__(self, loan: Loan | None) -> None:
         super().__init__(loan)
         self._turn = asyncio.Lock()
+        self._runner: asyncio.Task[Any] | None = None  # whose turn it is
 
     @abstractmethod
     async def rows(self, text: str) -> list[Row]:
@@ -37,6 +38,12 @@ class AsyncSession(AnySession):
 
     async def close(self) -> None:
         """End the session; the server gives back whatever it held. Raises nothing but a cancellation."""
+        if self._turn.locked() and self._runner is not asyncio.current_task():
+            # Not under another task's message, which would go on with whatever gets the descriptor next.
+            with suppress(Exception):
+                shut_down(self.fileno())
+            async with self._turn:
+                pass
         with suppress(Exception):
             await self._close()
         with suppress(Exception):
@@ -46,6 +53,7 @@ class AsyncSession(AnySession):
     async def run(self, steps: Steps[T], meanwhile: Callable[[], Coroutine[Any, Any, None]] | None = None) -> T:  # noqa: ARG002 - for those that can
         """Run a generator to its end, as `Session.run` does."""
         async with self._turn:
+            self._runner = asyncio.current_task()
             try:
                 message = next(steps)
                 while True:

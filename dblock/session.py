@@ -142,12 +142,20 @@ class Session(AnySession):
 
     def close(self) -> None:
         """End the session; the server gives back whatever it held. Raises nothing."""
-        # This runs while errors are on their way.
-        with suppress(Exception):
-            self._close()
-        with suppress(Exception):
-            if self.loan is not None:
-                self.loan.closed()
+        # Not under another thread's message, such as a watch's: it would go on with whatever gets the descriptor next.
+        if not self._turn.acquire(blocking=False):
+            with suppress(Exception):
+                shut_down(self.fileno())
+            self._turn.acquire()
+        try:
+            # This runs while errors are on their way.
+            with suppress(Exception):
+                self._close()
+            with suppress(Exception):
+                if self.loan is not None:
+                    self.loan.closed()
+        finally:
+            self._turn.release()
 
     def wait(self, message: Wait, meanwhile: Callable[[], None] | None) -> list[Row]:  # noqa: ARG002 - for those that can
         """Send a message in which the server waits. Where a session can do so, meanwhile is called now and then."""
@@ -217,6 +225,12 @@ def has_input(descriptor: int) -> bool:
 def duplicate(descriptor: int) -> socket.socket:
     """Another descriptor of the same socket: the connection's own may be closed, and its number become another's."""
     return socket.fromfd(descriptor, socket.AF_INET, socket.SOCK_STREAM)
+
+
+def shut_down(descriptor: int) -> None:
+    """End a connection for whoever waits for it, and leave it to the driver to be closed."""
+    with closing(duplicate(descriptor)) as connection:
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 class AnswerDue:

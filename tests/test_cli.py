@@ -89,7 +89,7 @@ def test_refused_names(command: str, vector: dict[str, str]) -> None:
 
 USAGE = {
     "no command at all": ((), "must be a command"),
-    "an unknown command": (("lock",), "run, status, doctor, force-release, key, sql, demo"),
+    "an unknown command": (("lock",), "run, status, doctor, force-release, timeline, key, sql, demo"),
     "an option before the command": (("--json", "key"), "must be a command"),
     "an unknown option": (("key", *NAMES, "--colour=red"), "--colour"),
     "an abbreviated option": (("key", "--targ", "web-01", "--step", "b"), "--targ"),

@@ -407,3 +407,36 @@ sys.stdin.read()
         process.kill()
         wait_until(lambda: not postgres.all_rows(), "the lock to be gone")
         os.kill(sleeper, signal.SIGKILL)
+
+
+# --- a release that cannot be done ------------------------------------------------------------------------------------
+
+
+def test_a_release_that_is_not_answered_is_a_loss(postgres: Postgres) -> None:
+    with swallower(postgres.url) as (url, swallow):
+        lock = dblock.lock(url, target="web-01", step="b", heartbeat=0)
+        lock.acquire()
+        swallow()
+        with pytest.raises(dblock.LockLost, match="did not answer within 5 s"):
+            lock.release()
+        assert not lock.held
+
+
+def test_a_release_that_is_interrupted_leaves_no_watch_on_somebody_elses_descriptor(postgres: Postgres) -> None:
+    """The watch still waits for its answer; the next connection would get the number of the closed one."""
+    with swallower(postgres.url) as (url, swallow):
+        lock = dblock.lock(url, target="web-01", step="b", heartbeat=0.1)
+        lock.acquire()
+        hold = lock._hold
+        assert hold
+        swallow()
+        wait_until(lambda: hold.session.busy, "the watch to ask")
+        interrupting = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
+        interrupting.start()
+        with pytest.raises(KeyboardInterrupt):
+            lock.release()
+        interrupting.join()
+        with dblock.lock(postgres.url, target="web-02", step="b") as other:
+            wait_until(lambda: len(watches()) == 1, "the end of the old watch")
+            other.check()
+    wait_until(lambda: not watches(), "the end of all watches")
