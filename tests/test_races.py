@@ -169,12 +169,12 @@ def holder(url: str) -> Iterator[Holder]:
 class Aim:
     """A moment, in microseconds, that drifts towards where both outcomes are equally frequent.
 
-    Fast until the outcome changes for the first time.
+    Fast at first, and slower each time the outcome changes.
     """
 
     def __init__(self, start: float, *, spread: float, step: float) -> None:
         self._centre, self._spread, self._step = start, spread, step
-        self._first: bool | None = None
+        self._last: bool | None = None
         self._stride = 10.0
         self._random = Random(3)
 
@@ -182,10 +182,9 @@ class Aim:
         return self._centre + self._random.uniform(-self._spread, self._spread)
 
     def learn(self, *, too_late: bool) -> None:
-        if self._first is None:
-            self._first = too_late
-        elif too_late is not self._first:
-            self._stride = 1.0
+        if self._last is not None and too_late is not self._last:
+            self._stride = max(1.0, self._stride / 2)
+        self._last = too_late
         self._centre += self._step * self._stride * (-1 if too_late else 1)
 
 
