@@ -104,7 +104,9 @@ def test_queue_off() -> None:
         assert found["violations"] == []
         return int(found["order"]["overtaken"])
 
-    assert overtaken(None) < overtaken("queue-off") / 2
+    # Beside other tests a soak has few who meet: so more than one, until it shows.
+    planted = next(filter(None, (overtaken("queue-off") for _ in range(5))), 0)
+    assert overtaken(None) < planted / 2
 
 
 # --- the rules, one by one --------------------------------------------------------------------------------------------
