@@ -65,9 +65,16 @@ def examine(
             name = session.engine.name
             title, checks = _ENGINES[name]
             ((connected_to,),) = session.rows(session.engine.current_database)
-            yield Finding("reachable", "good", f"{title}, database {connected_to}")
+            yield Finding("reachable", "good", title)
+            yield _judge(
+                "database",
+                database in (None, connected_to),
+                connected_to if database in (None, connected_to) else f"{connected_to}, and not {database}",
+                "callers in two databases do not exclude each other: let the URL name the one that all agreed upon",
+                "bad",
+            )
             try:
-                yield from checks(session, waiters)
+                yield from checks(session, waiters, allow_session_pooler)
             except DatabaseError as error:
                 yield Finding("settings", "warning", f"cannot be asked: {error}", "ask as another role")
     except DatabaseError as error:
@@ -105,7 +112,8 @@ def _exclusion(db: Source, database: str | None, *, allow_session_pooler: bool) 
 # --- PostgreSQL -------------------------------------------------------------------------------------------------------
 
 _POSTGRES = """
-    SELECT current_setting('server_version'),
+    SELECT pg_backend_pid(),
+           current_setting('server_version'),
            current_setting('server_version_num')::int,
            current_setting('server_encoding'),
            current_setting('client_encoding'),
@@ -147,9 +155,10 @@ _POSTGRES_SPLIT = """
 """
 
 
-def _postgres(session: Session, waiters: int) -> Iterator[Finding]:
+def _postgres(session: Session, waiters: int, allow_session_pooler: bool) -> Iterator[Finding]:
     (
         (
+            backend_pid,
             version,
             number,
             server_encoding,
@@ -167,6 +176,15 @@ def _postgres(session: Session, waiters: int) -> Iterator[Finding]:
         ),
     ) = session.rows(_POSTGRES)
     yield _judge("version", number >= OLDEST_POSTGRES, version, "dblock needs PostgreSQL 14 or later", "bad")
+    pooled = backend_pid != session.backend_pid
+    yield _judge(
+        "pooler",
+        not pooled or allow_session_pooler,
+        "none" if not pooled else "one in between" + (", in session mode by your word" if allow_session_pooler else ""),
+        "connect to the server itself; or, if it is in session mode for this database, say so: --allow-session-pooler, "
+        "allow_session_pooler=True",
+        "bad",
+    )
     utf8 = (server_encoding, client_encoding) == ("UTF8", "UTF8")
     yield _judge(
         "encodings",
@@ -174,8 +192,8 @@ def _postgres(session: Session, waiters: int) -> Iterator[Finding]:
         f"server {server_encoding}, client {client_encoding}",
         "the scripts refuse names beyond ASCII here; Python and the command line do not",
     )
-    yield _judge("primary", not in_recovery, _either(in_recovery, "a hot standby"), "connect to the primary", "bad")
-    yield _judge("writable", not read_only, _either(read_only, "read-only"), "connect as a role that may write", "bad")
+    yield _judge("primary", not in_recovery, "a hot standby" if in_recovery else "yes", "connect to the primary", "bad")
+    yield _judge("writable", not read_only, "no" if read_only else "yes", "connect as a role that may write", "bad")
     yield _judge(
         "timeouts",
         not timeouts,
@@ -221,6 +239,7 @@ def _postgres(session: Session, waiters: int) -> Iterator[Finding]:
 
 _MSSQL = """
     SELECT CAST(SERVERPROPERTY('ProductVersion') AS nvarchar(60)),
+           CAST(SERVERPROPERTY('Babelfish') AS int),
            CAST(DATABASEPROPERTYEX(DB_NAME(), 'Updateability') AS nvarchar(60)),
            CASE WHEN OBJECT_ID(N'sys.dm_tran_locks') IS NULL THEN 0  -- as on Babelfish
                 ELSE COALESCE(HAS_PERMS_BY_NAME(NULL, NULL, 'VIEW SERVER STATE'), 0) END,
@@ -237,10 +256,11 @@ _MSSQL_SPLIT = """
 """
 
 
-def _mssql(session: Session, waiters: int) -> Iterator[Finding]:
-    ((version, updateability, sees_all, may_end, free_connections),) = session.rows(_MSSQL)
-    new_enough = int(version.partition(".")[0]) >= OLDEST_SQL_SERVER
-    yield _judge("version", new_enough, version, "dblock needs SQL Server 2016 or later")
+def _mssql(session: Session, waiters: int, _: bool) -> Iterator[Finding]:
+    ((version, babelfish, updateability, sees_all, may_end, free_connections),) = session.rows(_MSSQL)
+    new_enough = babelfish or int(version.partition(".")[0]) >= OLDEST_SQL_SERVER
+    title = f"{version}, as Babelfish says" if babelfish else version
+    yield _judge("version", new_enough, title, "dblock needs SQL Server 2016 or later")
     writable = updateability == "READ_WRITE"
     yield _judge("primary", writable, updateability or "?", "connect to the primary, in a writable database", "bad")
     remedy = "GRANT VIEW SERVER STATE TO …, in master: until then a waiter is not told who is in the way"
@@ -250,11 +270,13 @@ def _mssql(session: Session, waiters: int) -> Iterator[Finding]:
     yield _judge("connections", free_connections >= need, f"{free_connections} free", f"{need} at once need as many")
     if sees_all:
         yield from _split_scope(session.rows(_MSSQL_SPLIT))
+    else:
+        yield Finding("split scope", "note", "not visible to this login", remedy)
 
 
 # --- pieces -----------------------------------------------------------------------------------------------------------
 
-_ENGINES: dict[str, tuple[str, Callable[[Session, int], Iterator[Finding]]]] = {
+_ENGINES: dict[str, tuple[str, Callable[[Session, int, bool], Iterator[Finding]]]] = {
     "postgres": ("PostgreSQL", _postgres),
     "mssql": ("SQL Server", _mssql),
 }
@@ -276,10 +298,6 @@ def _split_scope(rows: list[tuple[Any, ...]]) -> Iterator[Finding]:
 
 def _judge(check: str, good: object, says: str, remedy: str, otherwise: Result = "warning") -> Finding:
     return Finding(check, "good", says) if good else Finding(check, otherwise, says, remedy)
-
-
-def _either(flag: object, bad: str) -> str:
-    return bad if flag else "yes"
 
 
 def _right(check: str, granted: object, what: str, remedy: str) -> Finding:

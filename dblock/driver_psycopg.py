@@ -46,11 +46,10 @@ class _OnPsycopg(AnySession):
     _connection: AnyConnection
 
     def lock(self, wish: Wish) -> ServerLock:
-        info = self._connection.info
         return AdvisoryLock(
             wish,
-            server_version=info.server_version,
-            client_backend_pid=info.backend_pid,
+            server_version=self._connection.info.server_version,
+            client_backend_pid=self.backend_pid,
             own=self.loan is None,
             fresh=self.fresh,
         )
@@ -70,6 +69,10 @@ class _OnPsycopg(AnySession):
     @property
     def would_begin(self) -> bool:
         return not self._connection.autocommit
+
+    @property
+    def backend_pid(self) -> int:
+        return self._connection.info.backend_pid
 
     @property
     def busy(self) -> bool:

@@ -47,7 +47,7 @@ class Label:
 
     def may_name(self, target: str, step: str) -> bool:
         """Whether these are the names of a lock that the reader knows, as far as they were kept."""
-        return _may_be(self.target, target) and _may_be(self.step, step)
+        return may_be(self.target, target) and may_be(self.step, step)
 
 
 @lru_cache(maxsize=256)  # one lock after another has the same names
@@ -132,7 +132,8 @@ def printable(text: str) -> str:
     return re.sub("(?<=#)#", r"\\x23", shown)
 
 
-def _may_be(kept: str, name: str) -> bool:
+def may_be(kept: str, name: str) -> bool:
+    """Whether a field that a label kept can be this name."""
     if kept.endswith(_SHORTENED):
         # A cut in the middle of a character leaves a replacement character, which says nothing.
         return name.startswith(kept[:-1].rstrip("\N{REPLACEMENT CHARACTER}"))

@@ -111,6 +111,11 @@ class AnySession(ABC):
         """Whether the connection is not in autocommit, so that a statement begins a transaction."""
 
     @property
+    def backend_pid(self) -> int | None:
+        """The server's process as the driver was told at connecting; a pooler makes it up. None: it is not told."""
+        return None
+
+    @property
     def busy(self) -> bool:
         """Whether a statement is under way, as far as the driver tells."""
         return False

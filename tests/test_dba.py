@@ -6,10 +6,12 @@ import json
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -78,60 +80,187 @@ def test_only_the_locks_that_were_asked_for(postgres: Postgres, url: str) -> Non
     assert command(url, "status", "--fail-if-held").returncode == 0
 
 
+def test_what_may_be_the_lock_that_was_asked_for_is_not_left_out(postgres: Postgres, url: str) -> None:
+    """Whoever asks for a target alone is not told that it is free because a name was cut off, hidden or not told."""
+
+    def held(*options: str) -> bool:
+        return command(url, "status", *options, "--fail-if-held").returncode == 1
+
+    with dblock.lock(url, target="x" * 200, step="b"):
+        assert held("--target", "x" * 200)
+        assert not held("--target", "y" * 200)
+    for target in ("web##01", "web\u200b01", "100%", "web~"):
+        with dblock.lock(url, target=target, step="b"):
+            assert held("--target", target), target
+            assert not held("--target", "other")
+    with psycopg.connect(url, autocommit=True) as stranger:
+        stranger.execute("SELECT pg_advisory_lock(%s)", (dblock.key("web-01", "b").value,))
+        assert held("--target", "web-01")
+        assert held("--target", "web-01", "--step", "b")
+        assert not held("--target", "web-01", "--step", "c")
+        stranger.execute("SELECT pg_advisory_unlock_all(), pg_advisory_lock(1, 2)")
+        assert held()
+        assert not held("--target", "web-01")
+
+
+@pytest.mark.parametrize("arguments", [("--target", ""), ("--step="), ("--watch",), ("--target", " x", "--step", "b")])
+def test_what_status_refuses(postgres: Postgres, url: str, arguments: tuple[str, ...] | str) -> None:
+    done = command(url, "status", *([arguments] if isinstance(arguments, str) else arguments))
+    assert (done.returncode, done.stdout) == (64, "")
+    assert done.stderr.startswith("dblock: ")
+
+
+TWINS = ("web-01", "WEB-01", "ｗeb-01", "wеb-01", "web–01", "web\u200b-01", "web-O1", "web-0l")
+
+
 def test_names_that_look_alike_are_pointed_out(postgres: Postgres, url: str) -> None:
     with ExitStack() as held:
-        for target in ("web-01", "WEB-01", "ｗeb-01", "web-02", "web- 02"):
+        for target in (*TWINS, "web-02", "web- 02", "web-03"):
             held.enter_context(dblock.lock(url, target=target, step="b"))
         said = command(url, "status").stderr.splitlines()
-    assert len(said) == 4
-    assert all("look alike, but are two" in line for line in said)
-    assert any(r"'web-01' and '\uff57eb-01'" in line or r"'\uff57eb-01' and 'web-01'" in line for line in said)
+        assert len(said) == len(TWINS) * (len(TWINS) - 1) / 2 + 1
+        assert all("look alike, but are two" in line for line in said)
+        assert any(r"'web-01' and '\uff57eb-01'" in line or r"'\uff57eb-01' and 'web-01'" in line for line in said)
+        assert command(url, "status", "--target", "web-03").stderr == ""
+        # Whoever asks for the other one learns why it seems to be free.
+        asked = command(url, "status", "--target", "web-\u200902", "--fail-if-held")
+        assert (asked.returncode, asked.stderr.count("look alike")) == (0, 2)
 
 
-def on_a_terminal(url: str, *arguments: str, answer: bytes = b"", until: bytes = b"", columns: int = 100) -> str:
-    """Run a command with a terminal, type the answer, and return what was shown; stop it when it has shown so much."""
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dblock", *arguments],
-        env=os.environ | {"DBLOCK_URL": url, "COLUMNS": str(columns), "TERM": "xterm"},
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        start_new_session=True,
-    )
-    os.close(theirs)
-    shown = b""
-    try:
-        os.write(ours, answer)
-        while not (until and until in shown):
-            try:
-                piece = os.read(ours, 4096)
-            except OSError:  # its other end is closed
-                break
+class Terminal:
+    """A command in a terminal of its own."""
+
+    def __init__(self, url: str, *arguments: str, **environment: str) -> None:
+        self.screen, theirs = pty.openpty()
+        self._shown = b""
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "dblock", *arguments],
+            env=os.environ | {"DBLOCK_URL": url, "COLUMNS": "100", "TERM": "xterm"} | environment,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+        )
+        os.close(theirs)
+
+    def type(self, text: bytes) -> None:
+        os.write(self.screen, text)
+
+    def shows(self, text: str) -> bool:
+        """Wait until it shows that (True), or has ended without."""
+        before, self._shown = self._shown, b""
+        while text.encode() not in before:
+            piece = self._read()
             if not piece:
-                break
-            shown += piece
+                return False
+            before += piece
+        return True
+
+    def all(self) -> str:
+        """Everything until its end, as it stands on the screen."""
+        while piece := self._read():
+            self._shown += piece
+        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self._shown.decode()).replace("\r\n", "\n")
+
+    def end(self) -> int:
+        """End it if it has not ended, by Ctrl-C."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+        return self._process.wait(60)
+
+    def _read(self) -> bytes:
+        try:
+            return os.read(self.screen, 4096)
+        except OSError:  # its other end is closed
+            return b""
+
+
+@contextmanager
+def terminal(url: str, *arguments: str, **environment: str) -> Iterator[Terminal]:
+    opened = Terminal(url, *arguments, **environment)
+    try:
+        yield opened
     finally:
-        if process.poll() is None and until:
-            process.terminate()
-        process.wait(60)
-        os.close(ours)
-    return shown.decode()
+        opened.end()
+        os.close(opened.screen)
 
 
-def test_a_table_that_fits_the_terminal(postgres: Postgres, url: str) -> None:
-    with dblock.lock(url, target="web-01", step="b", tenant="T1 [bold]x[/bold]"):
-        shown = on_a_terminal(url, "status", columns=120)
-    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
-    assert max(map(len, plain.splitlines())) <= 120
-    assert "[bold]" in plain.replace("\r\n", "")  # what others write is no markup
+def on_a_terminal(url: str, *arguments: str, answer: bytes = b"", **environment: str) -> str:
+    with terminal(url, *arguments, **environment) as opened:
+        opened.type(answer)
+        return opened.all()
 
 
-def test_watching(postgres: Postgres, url: str) -> None:
-    with PYTHON.attempt(url, Wish(tenant="T7")) as holder:
+@pytest.fixture
+def without_rich(tmp_path: Path) -> str:
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['rich'] = None")
+    return str(tmp_path)
+
+
+LONG = "a-target-which-has-a-name-that-has-no-room.example.com"
+
+
+@pytest.mark.parametrize("columns", [80, 100, 240])
+def test_a_table_that_fits_the_terminal(postgres: Postgres, url: str, columns: int) -> None:
+    with (
+        dblock.lock(url, target="web-01", step="b", tenant="T1 [bold]x[/bold]"),
+        dblock.lock(url, target=LONG, step="b"),
+        PYTHON.attempt(url, Wish(tenant="T2")),
+    ):
+        wait_until(postgres.waiters, "the waiter")
+        (waiter,) = postgres.waiters()
+        shown = on_a_terminal(url, "status", COLUMNS=str(columns))
+    lines = shown.splitlines()
+    assert max(map(len, lines)) <= columns
+    assert lines[0].split()[:8] == ["STATE", "LOCK", "TENANT", "SINCE", "FOR", "PID", "HOST", "USER"]
+    assert re.search(r"held +b@web-01 +T1.* \d\d:\d\d:\d\d +\d+s +\d+ +127.0.0.1 +postgres", lines[1])
+    assert re.search(rf"waiting 1 +b@web-01 +T2 +\d\d:\d\d:\d\d +\d+s +{waiter} +127.0.0.1 +postgres", shown)
+    assert "[bold]" in re.sub(r"\s", "", shown)  # what others write is no markup
+    assert ("SELECT pg_catalog.pg_terminate_backend(" in shown) == (columns == 240)
+    whole = re.sub(r"\s", "", "".join(line[11:32] for line in lines)) if columns == 80 else shown
+    assert str(dblock.key(LONG, "b").value) in whole  # beside the shortened name
+
+
+def test_without_rich(postgres: Postgres, url: str, without_rich: str) -> None:
+    with dblock.lock(url, target="web-01", step="b", tenant="T1"):
+        lines = on_a_terminal(url, "status", PYTHONPATH=without_rich).splitlines()
+        assert (len(lines), max(map(len, lines)) <= 100) == (2, True)
+        assert "pip install 'dblock[cli]'" in on_a_terminal(url, "status", "--watch", PYTHONPATH=without_rich)
+    done = command(url, "run", "--target", "web-01", "--step", "b", "--", "true", PYTHONPATH=without_rich)
+    assert done.returncode == 0
+
+
+def test_watching() -> None:
+    """It is live, points out what it points out else, and outlives the server."""
+    with postgres_server() as server, terminal(server.url, "status", "--watch") as watch:
+        assert watch.shows("nothing is held")
+        for _ in range(2):
+            with (
+                PYTHON.attempt(server.url, Wish(tenant="T7")) as holder,
+                dblock.lock(server.url, target="Web-01", step="b"),
+            ):
+                assert holder.held()
+                assert watch.shows("T7")
+                assert watch.shows("look alike")
+            server.stop("fast")
+            assert watch.shows("no answer just now")
+            server.start()
+        assert watch.end() == 130
+
+
+def test_names_that_stdout_has_no_letters_for(postgres: Postgres, url: str) -> None:
+    with COMMAND.attempt(url, Wish(tenant="Zürich")) as holder:
         assert holder.held()
-        shown = on_a_terminal(url, "status", "--watch", until=b"T7")
-    assert "T7" in shown
+        (pid,) = postgres.holders()
+        for arguments, code in (
+            (["status"], 0),
+            (["doctor"], 0),
+            (["force-release", *NAMES, "--confirm", str(pid)], 0),
+        ):
+            done = command(url, *arguments, PYTHONIOENCODING="ascii")
+            assert (done.returncode, done.stderr) == (code, "")
+            assert r"Z\xfcrich" in done.stdout or arguments == ["doctor"]
+        assert holder.finish() == COMMAND.says("lost")
 
 
 # --- doctor -----------------------------------------------------------------------------------------------------------
@@ -145,11 +274,12 @@ def results(url: str, **options: Any) -> dict[str, str]:
     return {name: finding.result for name, finding in findings(url, **options).items()}
 
 
-def test_a_good_setup(postgres: Postgres, url: str, observer: Connection) -> None:
+def test_a_good_setup(postgres: Postgres, url: str, observer: Connection, tmp_path: Path) -> None:
     assert set(results(url).values()) <= {"good", "note"}
-    done = command(url, "doctor")
+    events = tmp_path / "events"
+    done = command(url, "doctor", DBLOCK_EVENTS=str(events))
     assert done.returncode == 0, done.stdout
-    assert done.stderr == ""
+    assert (done.stderr, events.exists()) == ("", False)
     with role(observer, url) as plain:
         found = results(plain)
         assert (found["sees others"], found["may end others"], found["exclusion"]) == ("note", "note", "good")
@@ -158,6 +288,7 @@ def test_a_good_setup(postgres: Postgres, url: str, observer: Connection) -> Non
 
 @pytest.mark.parametrize(("setting", "check", "result"), [
     ("ALTER ROLE plain SET idle_session_timeout = '1min'", "timeouts", "warning"),
+    ("ALTER ROLE plain SET statement_timeout = '1min'", "timeouts", "warning"),
     ("ALTER ROLE plain SET default_transaction_read_only = on", "writable", "bad"),
     ("ALTER ROLE plain CONNECTION LIMIT 5", "connections", "warning"),
 ])  # fmt: skip
@@ -176,15 +307,18 @@ def test_what_is_wrong_with_a_role(
         assert f"{result:8} {check} " in done.stdout
 
 
-def test_a_pooler_in_between(postgres: Postgres, url: str) -> None:
-    with pgbouncer(url, "transaction") as pooled:
-        assert results(pooled)["exclusion"] == "bad"
+@pytest.mark.parametrize("mode", ["session", "transaction", "statement"])
+def test_a_pooler_in_between(postgres: Postgres, url: str, mode: str) -> None:
+    with pgbouncer(url, mode) as pooled:
+        found = results(pooled)
+        assert {name for name, result in found.items() if result not in ("good", "note")} == {"pooler", "exclusion"}
+        assert {found["pooler"], found["exclusion"]} == {"bad"}
         done = command(pooled, "doctor")
         assert done.returncode == 77
-        assert "connection pooler stands between" in done.stdout
-    with pgbouncer(url, "session") as pooled:
-        assert results(pooled)["exclusion"] == "bad"
-        assert results(pooled, allow_session_pooler=True)["exclusion"] == "good"
+        assert "bad      pooler          one in between\n" in done.stdout
+        if mode == "session":
+            assert set(results(pooled, allow_session_pooler=True).values()) <= {"good", "note"}
+            assert "in session mode by your word" in command(pooled, "doctor", "--allow-session-pooler").stdout
 
 
 def test_an_encoding_that_the_scripts_refuse(postgres: Postgres, url: str, observer: Connection) -> None:
@@ -198,6 +332,8 @@ def test_an_encoding_that_the_scripts_refuse(postgres: Postgres, url: str, obser
 
 def test_the_wrong_database_and_none(postgres: Postgres, url: str) -> None:
     assert "was asked for" in findings(url, database="elsewhere")["exclusion"].says
+    assert results(url, database="elsewhere")["database"] == "bad"
+    assert results(url, database=postgres.database)["database"] == "good"
     done = command("postgresql://127.0.0.1:1/none", "doctor")
     assert (done.returncode, done.stdout.startswith("bad      reachable ")) == (77, True)
     assert command(url, "doctor", "--waiters", "many").returncode == 64
@@ -212,8 +348,9 @@ def test_room_for_those_who_wait() -> None:
 
 @ENGINES
 def test_the_same_lock_in_two_databases(backend: Backend, engine: str, url: str, observer: Connection) -> None:
-    if engine == "mssql":
-        assert results(backend.url).get("split scope", "good") == "good"
+    if engine == "mssql":  # what is asked there is tested with inspect.sql
+        visible = backend.in_the_way("T1") != "holder not visible to this login"
+        assert results(backend.url)["split scope"] == ("good" if visible else "note")
         return
     observer.execute("CREATE DATABASE tenant2")
     try:
@@ -249,7 +386,8 @@ def test_nothing_is_ended_without_its_pid(postgres: Postgres, url: str) -> None:
         assert f"give --confirm and the pid to end, {pid}" in looked.stderr
         wrong = command(url, "force-release", *NAMES, "--confirm", "1")
         assert (wrong.returncode, "1 is not a holder's pid" in wrong.stderr) == (1, True)
-        assert "is not a holder's pid" in on_a_terminal(url, "force-release", *NAMES, answer=b"\n")
+        for nothing in (b"\n", b"\x04", b"1\n"):  # Ctrl-D is no answer, too
+            assert "is not a holder's pid" in on_a_terminal(url, "force-release", *NAMES, answer=nothing)
         assert postgres.holders()
         assert holder.finish() == "done"
 
@@ -265,6 +403,7 @@ def test_the_holder_that_was_named_is_ended(postgres: Postgres, url: str) -> Non
         assert "Its client goes on until it notices" in done.stdout
         assert holder.finish() == COMMAND.says("lost")
     assert command(url, "force-release", key).stdout == "nobody holds this lock\n"
+    assert command(url, "force-release", "-5").stdout == "nobody holds this lock\n"
 
 
 def test_answered_at_a_terminal(postgres: Postgres, url: str) -> None:
@@ -275,16 +414,35 @@ def test_answered_at_a_terminal(postgres: Postgres, url: str) -> None:
         assert holder.finish() == COMMAND.says("lost")
 
 
-def test_without_the_right_it_prints_what_a_dba_would_run(postgres: Postgres, url: str, observer: Connection) -> None:
+@pytest.mark.parametrize("confirm", [False, True])
+def test_without_the_right_it_prints_what_a_dba_would_run(
+    postgres: Postgres, url: str, observer: Connection, confirm: bool
+) -> None:
     with role(observer, url) as plain, COMMAND.attempt(url, Wish()) as holder:
         assert holder.held()
         (pid,) = set(postgres.holders())
-        done = command(plain, "force-release", *NAMES, "--confirm", str(pid))
+        done = command(plain, "force-release", *NAMES, *(("--confirm", str(pid)) if confirm else ()))
         assert done.returncode == 69
-        statement = done.stderr.partition("somebody who may end it runs: ")[2].strip()
+        statement = done.stderr.partition("nothing was ended: somebody who may end it runs: ")[2].strip()
         assert observer.execute(statement.replace(f"pid = {pid}", "pid = 1").encode()).fetchall() == []
         assert observer.execute(statement.encode()).fetchall() == [(True,)]
         assert holder.finish() == COMMAND.says("lost")
+
+
+def test_with_the_right_to_end_one_of_two(postgres: Postgres, url: str, observer: Connection) -> None:
+    shared = Wish(shared=True)
+    with role(observer, url) as plain, COMMAND.attempt(url, shared) as theirs:
+        assert theirs.held()
+        (not_mine,) = postgres.holders()
+        with COMMAND.attempt(plain, shared) as ours:
+            assert ours.held()
+            (mine,) = set(postgres.holders()) - {not_mine}
+            assert "give --confirm" in command(plain, "force-release", *NAMES).stderr
+            refused = command(plain, "force-release", *NAMES, "--confirm", str(not_mine))
+            assert (refused.returncode, f"pid = {not_mine} " in refused.stderr) == (69, True)
+            assert command(plain, "force-release", *NAMES, "--confirm", str(mine)).returncode == 0
+            assert ours.finish() == COMMAND.says("lost")
+        assert theirs.finish() == "done"
 
 
 @pytest.mark.parametrize("arguments", [("5", *NAMES), ("web-01",), (str(2**63),), (), ("--target", "web-01")])

@@ -23,7 +23,7 @@ import pymssql
 import pytest
 
 import dblock
-from dblock import driver_pymssql, label, mssql, scripts
+from dblock import doctor, driver_pymssql, label, mssql, scripts
 from dblock.inspect import Entry
 from dblock.names import Key
 from tests.support import wait_until
@@ -664,3 +664,26 @@ def plain_login(stage: Stage, *grants: str) -> Iterator[dict[str, str]]:
     look = f"SELECT 1 FROM sys.dm_exec_sessions WHERE login_name = '{name}'"
     wait_until(lambda: not run(stage.observer, look), "its sessions gone")
     run(stage.observer, f"DROP USER {name}; DROP LOGIN {name}")
+
+
+# --- what dblock doctor asks of these views ---------------------------------------------------------------------------
+
+
+def test_a_lock_in_use_in_two_databases(stage: Stage) -> None:
+    """A waiter of one is enough; queues for permits, and other people's locks, are nobody's business."""
+
+    def found() -> list[Any]:
+        asked = doctor._MSSQL_SPLIT
+        return run(stage.observer, asked if stage.real else asked.replace("sys.dm_tran_locks", "views.dm_tran_locks"))
+
+    for resource in (LOCK, f"{LOCK}q", "another's"):
+        stage.actor(says()).holds(resource)
+    stage.actor(says()).holds("dblock:5")
+    assert found() == []
+    elsewhere = stage.actor(says(), database="master")
+    for resource in (LOCK, f"{LOCK}q", "another's"):
+        if stage.real:
+            elsewhere.holds(resource)
+        else:
+            write_lock(stage, elsewhere.pid, resource, "X", "GRANT", database="1")
+    assert found() == [(str(KEY), ", ".join(sorted(("master", stage.database))))]

@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from io import TextIOWrapper
 from typing import Any, NoReturn
 
 from dblock.cli.messages import say
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the program's name; left out, the process's own.
     """
     _occupy_standard_descriptors()
+    if isinstance(sys.stdout, TextIOWrapper):  # other people's names need not be letters that it has
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             code = _run(sys.argv[1:] if argv is None else list(argv))

@@ -41,20 +41,27 @@ def handle(args: argparse.Namespace) -> int:
     holders = force_release(url, key, database=database)
     for holder in holders:
         _show(holder)
-    ours = [holder.pid for holder in holders if holder.pid is not None]
-    confirmed = _confirmed(args, ours) if ours else None
-    if confirmed is None:
-        return NOTHING_ENDED
-    ended, *_ = force_release(url, key, end=confirmed, database=database)
+    pids = [holder.pid for holder in holders if holder.pid is not None]
+    forbidden = [holder.pid for holder in holders if holder.forbidden and holder.pid is not None]
+    if pids and pids == forbidden and args.confirm is None:
+        wanted = forbidden  # whoever may end none of them need not be asked which
+    else:
+        confirmed = _confirmed(args, pids) if pids else None
+        if confirmed is None:
+            return NOTHING_ENDED
+        wanted = [confirmed]
+    if set(wanted) <= set(forbidden):
+        statements = "; ".join(to_end(url, key, pid) for pid in wanted)
+        raise DatabaseError(f"nothing was ended: somebody who may end it runs: {statements}", "42501")
+    ended, *_ = force_release(url, key, end=wanted[0], database=database)
     print(printable(ended.outcome))
-    if ended.forbidden:
-        raise DatabaseError(f"somebody who may end it runs: {to_end(url, key, confirmed)}", "42501")
-    if ended.ended:
-        print(
-            "Its client goes on until it notices, and what it did outside this session is as it left it: look there "
-            "before the step runs again."
-        )
-    return 0 if ended.ended else NOTHING_ENDED
+    if not ended.ended:
+        return NOTHING_ENDED
+    print(
+        "Its client goes on until it notices, and what it did outside this session is as it left it: look there "
+        "before the step runs again."
+    )
+    return 0
 
 
 def _key(args: argparse.Namespace) -> Key:
@@ -84,7 +91,8 @@ def _show(holder: Any) -> None:
         "activity": holder.activity,
         "mode": holder.mode,
     }
-    print(printable(holder.outcome))
+    # How the script is told to end it is nothing for here.
+    print("held" if holder.outcome.startswith("held: to end") else printable(holder.outcome))
     for name, value in lines.items():
         if value:
             print(f"  {name:12}{printable(str(value))}")
@@ -97,7 +105,10 @@ def _confirmed(args: argparse.Namespace, pids: list[int]) -> int | None:
         if not sys.stdin.isatty():
             say(f"nothing was ended: give --confirm and the pid to end, {' or '.join(map(str, pids))}")
             return None
-        given = input("pid of the session to end, or Enter for none: ").strip()
+        try:
+            given = input("pid of the session to end, or Enter for none: ").strip()
+        except EOFError:
+            given = ""
     if given in map(str, pids):
         return int(given)
     say(f"nothing was ended: {given or 'nothing'} is not a holder's pid")
