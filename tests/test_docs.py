@@ -18,6 +18,7 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 import dblock
+from dblock.doctor import examine
 from tests.backends import Postgres
 from tests.doors import SQL
 
@@ -222,3 +223,39 @@ def test_an_alembic_migration_under_the_lock(postgres: Postgres, tmp_path: Path)
     with psycopg.connect(postgres.url, autocommit=True) as connection:
         assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("one",)]
         connection.execute("DROP TABLE migrated, alembic_version")
+
+
+# --- watching.md ------------------------------------------------------------------------------------------------------
+
+
+def test_the_doctors_checks_are_told(postgres: Postgres, url: str) -> None:
+    page = (DOCS / "watching.md").read_text(encoding="utf-8")
+    table = page.partition("| check |")[2].partition("\n\n")[0]
+    told = {name for line in table.splitlines()[2:] for name in line.split("|")[1].strip().split(", ")}
+    assert told == {finding.check for finding in examine(url)}
+
+
+def test_who_watches_as_the_page_says(postgres: Postgres, url: str) -> None:
+    looking, with_psql, ending = blocks("watching.md", "sh")
+    environment = os.environ | {"DBLOCK_URL": url, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+    def run(script: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", "-e", "-c", script], env=environment, cwd=DOCS.parent, capture_output=True, text=True, check=False
+        )
+
+    plain, _, for_scripts = looking.splitlines()
+    with dblock.lock(url, target="web-01", step="b", tenant="T1"):
+        key = str(dblock.key("web-01", "b").value)
+        assert "b@web-01" in run(plain).stdout
+        assert run(for_scripts).returncode == 1
+        seen = run(with_psql)
+        assert seen.returncode == 0, seen.stderr
+        assert "T1" in seen.stdout
+        assert re.search(rf"^key +\| {key}$", seen.stdout, re.MULTILINE)  # inspect.sql's
+        assert re.search(rf"^ {key} \| ", seen.stdout, re.MULTILINE)  # key.sql's
+        by_names, by_key = ending.splitlines()
+        assert "tenant      T1" in run(by_names).stdout
+        assert key in by_key
+        assert "4123 is not a holder's pid" in run(by_key).stderr
+    assert run(for_scripts).returncode == 0
