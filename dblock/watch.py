@@ -37,7 +37,15 @@ class Watch:
         self._socket = duplicate(descriptor)
         self._wake, self._stop = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="dblock watch", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            # A signal's exception, which can come when the thread runs already: then the closing is its own.
+            self.end()
+            if self._thread.ident is None:
+                self._socket.close()
+                self._wake.close()
+            raise
 
     def end(self) -> None:
         """Tell it to end, without waiting for that."""

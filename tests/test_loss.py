@@ -6,6 +6,7 @@ How fast it is noticed is measured by ``benchmarks/loss.py``; here only that it 
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -440,3 +441,19 @@ def test_a_release_that_is_interrupted_leaves_no_watch_on_somebody_elses_descrip
             wait_until(lambda: len(watches()) == 1, "the end of the old watch")
             other.check()
     wait_until(lambda: not watches(), "the end of all watches")
+
+
+def test_a_watch_whose_beginning_is_interrupted_is_none(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal's exception can come while its thread starts. Nothing of it is left, nor of the lock."""
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name == "dblock watch":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        dblock.lock(postgres.url, target="web-01", step="b").acquire()
+    wait_until(lambda: not watches() and not postgres.all_rows(), "nothing to be left")
+    gc.collect()  # an unclosed socket is an error here
