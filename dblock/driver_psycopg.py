@@ -186,7 +186,7 @@ def connect(conninfo: str, program: str = "") -> Session:  # noqa: ARG001 - each
     return session
 
 
-async def connect_async(conninfo: str, program: str = "") -> AsyncSession:  # noqa: ARG001
+async def connect_async(conninfo: str, program: str = "") -> AsyncSession:  # noqa: ARG001 - as for `connect`
     """Open a connection for asyncio, as `connect` does."""
     import_driver("psycopg", "postgres")
     import psycopg

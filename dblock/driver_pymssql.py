@@ -122,8 +122,7 @@ class PymssqlSession(Session):
 
     def _close(self) -> None:
         self._closed = True
-        with self._turn:  # to close under another thread's message would end the process
-            self._connection.close()
+        self._connection.close()
 
     def _send(self, text: str, wait: Callable[[int], None]) -> list[Row]:
         import pymssql

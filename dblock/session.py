@@ -147,7 +147,8 @@ class Session(AnySession):
 
     def close(self) -> None:
         """End the session; the server gives back whatever it held. Raises nothing."""
-        # Not under another thread's message, such as a watch's: it would go on with whatever gets the descriptor next.
+        # Not under another thread's message, such as a watch's: with psycopg that would go on with whatever gets the
+        # descriptor next, and with pymssql it would end the process.
         if not self._turn.acquire(blocking=False):
             with suppress(Exception):
                 shut_down(self.fileno())
