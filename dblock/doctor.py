@@ -174,7 +174,7 @@ def _postgres(session: Session, waiters: int, allow_session_pooler: bool) -> Ite
             free_locks,
             free_connections,
         ),
-    ) = session.rows(_POSTGRES)
+    ) = session.rows(session.engine.inspect_settings + _POSTGRES)
     yield _judge("version", number >= OLDEST_POSTGRES, version, "dblock needs PostgreSQL 14 or later", "bad")
     pooled = backend_pid != session.backend_pid
     yield _judge(
@@ -232,7 +232,7 @@ def _postgres(session: Session, waiters: int, allow_session_pooler: bool) -> Ite
         f"{free_connections} free",
         f"{need} at once need as many: raise max_connections, or the limit of the role or the database",
     )
-    yield from _split_scope(session.rows(_POSTGRES_SPLIT))
+    yield from _split_scope(session.rows(session.engine.inspect_settings + _POSTGRES_SPLIT))
 
 
 # --- SQL Server -------------------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ ENGINE = Engine(
         SET LOCAL search_path = pg_catalog, pg_temp;
     """,
     entry_row=lambda row: row,
-    comments="SELECT pid, query FROM pg_catalog.pg_stat_activity WHERE starts_with(query, '/*')",
+    comments="SELECT pid, query FROM pg_catalog.pg_stat_activity WHERE pg_catalog.starts_with(query, '/*')",
     release_settings=lambda key, confirm: (
         f"SELECT set_config('dblock.target', '', false), set_config('dblock.step', '', false),"
         f" set_config('dblock.key', '{key.value}', false), set_config('dblock.confirm', {_quote(confirm)}, false)"
