@@ -1,9 +1,10 @@
-"""What dblock tells the operator: lines on stderr that begin with ``dblock: ``. stdout is for results only."""
+"""What dblock tells the operator: lines on stderr that begin with ``dblock: ``. stdout is for results, in columns."""
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 
 from dblock.label import printable
@@ -18,6 +19,12 @@ def say(message: str) -> None:
     # more nothing is left over that would change the exit code.
     with suppress(OSError):
         os.write(STDERR, line.encode(errors="backslashreplace"))
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines in which each column begins at one place."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 class LogHandler(logging.Handler):

@@ -17,7 +17,7 @@ from urllib.parse import unquote
 
 from dblock import names
 from dblock.cli import options
-from dblock.cli.messages import say
+from dblock.cli.messages import columns, say
 from dblock.errors import DatabaseError
 from dblock.label import may_be, printable
 
@@ -105,21 +105,16 @@ def _show(found: Sequence[Entry]) -> None:
 
         Console().print(_table(rows, ()))
     else:
-        print(*_lines(rows), sep="\n")
+        print(*columns(rows), sep="\n")
 
 
 def _rows(found: Sequence[Entry]) -> list[tuple[str, ...]]:
     """Headings and cells. A file or a pipe has a screen without an end; on a terminal the last columns may give way."""
     terminal = sys.stdout.isatty()
     rows = [_HEADINGS, *(_cells(entry, short=terminal) for entry in found)]
-    if terminal and max(map(len, _lines(rows))) > shutil.get_terminal_size().columns:
+    if terminal and max(map(len, columns(rows))) > shutil.get_terminal_size().columns:
         return [row[:_ALWAYS] for row in rows]
     return rows
-
-
-def _lines(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _table(rows: Sequence[Sequence[str]], notes: Sequence[str]) -> Group:

@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from dblock import events
+from dblock.cli.messages import columns
 from dblock.cli.options import UsageError
 from dblock.label import printable
 
@@ -54,9 +55,7 @@ def _print_numbers(found: list[dict[str, Any]]) -> None:
         held = [each for end in _ENDS_A_HOLD for each in seconds.get(end, [])]
         counts = (str(len(seconds.get(end, []))) for end in ("timed out", "lost"))
         rows.append((printable(lock), str(len(waited)), *_median_and_worst(waited), *_median_and_worst(held), *counts))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(*columns(rows), sep="\n")
 
 
 def _median_and_worst(seconds: list[float]) -> tuple[str, str]:
