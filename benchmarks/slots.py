@@ -20,6 +20,7 @@ import psycopg
 import dblock
 from dblock import names
 from dblock.demo.server import postgres_server
+from dblock.protocol import pauses
 
 CALLERS, SLOTS, WORK_SECONDS = 64, 8, 0.02
 TARGET, STEP = "web-01", "b"
@@ -70,10 +71,9 @@ def _take(connection: Connection) -> int:
                         THEN {_last_below(ticket)} ELSE {predecessor} END
             """,
         )
-    pause = 0.001
+    pause = pauses()
     while not (found := _look(connection, ticket)):
-        time.sleep(pause)
-        pause = min(pause * 1.4, 0.02)
+        time.sleep(next(pause))
     return found
 
 

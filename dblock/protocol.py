@@ -27,9 +27,9 @@ ANSWER_SECONDS = 5  # how long an answer to a light question may take before the
 REPORT_SECONDS = 30.0  # between two words about who is in the way
 
 # Between two looks for a free permit, by the one waiter who looks: soon at first, then more and more seldom.
-FIRST_PAUSE_SECONDS = 0.001
+FIRST_PAUSE_SECONDS = 0.0002
 LONGEST_PAUSE_SECONDS = 0.02
-PAUSE_GROWTH = 1.4
+PAUSE_GROWTH = 1.2
 
 
 @dataclass(frozen=True)
