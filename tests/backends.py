@@ -125,7 +125,8 @@ class Postgres(Backend):
         tickets = (
             (row.number, session)
             for row, session in self.all_rows()
-            if row.space == "queue" and row.mode == "ExclusiveLock" and row.granted and row.number < 2**31
+            # Not number 0, which whoever tries at once has exclusively for a moment.
+            if row.space == "queue" and row.mode == "ExclusiveLock" and row.granted and 0 < row.number < 2**31
         )
         return [session for _, session in sorted(tickets)]
 
