@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dblock.aio_session import AsyncSession
 from dblock.errors import DatabaseError, UnsafeConnection
 from dblock.postgres import ENGINE, AdvisoryLock
-from dblock.protocol import Row, ServerLock, Wish
+from dblock.protocol import Row, ServerLock, Statement, Wish
 from dblock.session import (
     AnySession,
     Loan,
@@ -97,7 +97,7 @@ class _OnPsycopg(AnySession):
 
 
 class PsycopgSession(_OnPsycopg, Session):
-    """A psycopg connection, spoken to in the simple protocol."""
+    """A psycopg connection."""
 
     def __init__(self, connection: psycopg.Connection[Any], loan: Loan | None = None) -> None:
         super().__init__(loan)
@@ -113,9 +113,12 @@ class PsycopgSession(_OnPsycopg, Session):
         try:
             # The caller's connection may have a cursor class and rows of its own.
             with psycopg.Cursor(self._connection, row_factory=tuple_row) as cursor:
-                # Without parameters and not prepared: the simple protocol, the only one that takes several
-                # statements in one message.
-                cursor.execute(_encoded(self._connection, self._commented(text)), prepare=False)
+                message = _encoded(self._connection, self._commented(text))
+                try:
+                    cursor.execute(message, prepare=_may_prepare(text))
+                except psycopg.errors.InvalidSqlStatementName:
+                    # Somebody deallocated it where the driver could not see it: nothing was run.
+                    cursor.execute(message, prepare=False)
                 rows: list[Row] = []
                 while True:
                     if cursor.pgresult and cursor.pgresult.nfields:  # its description is slow to make
@@ -146,7 +149,11 @@ class AsyncPsycopgSession(_OnPsycopg, AsyncSession):
         _refuse_pipeline(self._connection)
         try:
             async with psycopg.AsyncCursor(self._connection, row_factory=tuple_row) as cursor:
-                await cursor.execute(_encoded(self._connection, self._commented(text)), prepare=False)
+                message = _encoded(self._connection, self._commented(text))
+                try:
+                    await cursor.execute(message, prepare=_may_prepare(text))
+                except psycopg.errors.InvalidSqlStatementName:
+                    await cursor.execute(message, prepare=False)
                 rows: list[Row] = []
                 while True:
                     if cursor.pgresult and cursor.pgresult.nfields:
@@ -289,6 +296,14 @@ def _loan(connection: AnyConnection, scope: Scope) -> Loan:
         )
     began = status == TransactionStatus.IDLE and scope == "transaction"
     return Loan(connection, began, rollback=connection.rollback)
+
+
+def _may_prepare(text: str) -> bool | None:
+    """Whether the connection may do with one statement what it does with those it sees often (None), or not (False).
+
+    Only the simple protocol takes several statements in one message: without parameters, and not prepared.
+    """
+    return None if isinstance(text, Statement) else False
 
 
 def _refuse_pipeline(connection: AnyConnection) -> None:

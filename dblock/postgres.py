@@ -38,6 +38,7 @@ from dblock.protocol import (
     Look,
     Pause,
     Report,
+    Statement,
     Steps,
     Wish,
     already_held,
@@ -66,6 +67,10 @@ WAITER_SILENCE_SECONDS = 2
 
 # In which a transaction sees what was committed before the grant.
 _FRESH_ISOLATION = ("read committed", "read uncommitted")
+
+# In a message of one statement only, search_path is the caller's: operators have whole names there, like functions.
+EQUALS = "OPERATOR(pg_catalog.=)"
+_JOINED_TO = "OPERATOR(pg_catalog.||)"
 
 _FOUND = "dblock.found_"  # what the names begin with under which a transaction keeps the caller's settings
 
@@ -441,8 +446,8 @@ class OwnSession:
         """A message on a session of which nothing is known yet.
 
         The settings of role and database must not end a wait or an idle holder. search_path comes first: it decides
-        which operators and functions every later statement means. Where another backend than own_pid replies, nothing
-        is set beyond this message: the session is a pooler's, and its other clients would go on with it.
+        which operators and functions every later statement means. Where another backend than own_pid replies, they
+        last no longer than this message: the session is a pooler's, and its other clients would go on with it.
 
         The server gives up a client that it has not heard of for release_seconds: probes find the end of a silent
         network, and what it has sent itself it waits for as long.
@@ -459,13 +464,9 @@ class OwnSession:
         }
         if self._server_version >= 170000:
             settings["transaction_timeout"] = "0"
-        needed = ", ".join(f"({_quote(name)}, {_quote(value)})" for name, value in settings.items())
-        return f"""
-            SET LOCAL search_path = pg_catalog, pg_temp;
-            SELECT set_config(name, value, false) FROM (VALUES {needed}) AS needed(name, value)
-            WHERE {"true" if own_pid is None else f"pg_backend_pid() = {own_pid}"};
-            {text}
-        """
+        local = "false" if own_pid is None else f"pg_backend_pid() <> {own_pid}"
+        needed = ", ".join(f"set_config('{name}', '{value}', {local})" for name, value in settings.items())
+        return f"SET LOCAL search_path = pg_catalog, pg_temp; SELECT {needed}; {text}"
 
     def reopening(self) -> str:
         """What is to be said when the first message failed, so that the caller's transaction lives on."""
@@ -524,6 +525,9 @@ class BorrowedSession(OwnSession):
     def opening(self, text: str, own_pid: int | None, release_seconds: int) -> str:  # noqa: ARG002
         # Nothing is set that lasts: the other arguments are for OwnSession. Nor does it wait, so no timeout matters.
         return f"{_set_local('search_path')} {text}"
+
+    def first(self, text: str, own_pid: int | None, release_seconds: int) -> str:  # noqa: ARG002
+        return Statement(text)
 
     def attempt(self, text: str) -> str:
         return f"{self._set_local()} {text}"
@@ -661,12 +665,15 @@ def _describe_session(lock: LockNames) -> str:
 
 
 def _fit(wish: Wish, conditions: Conditions, own_pid: int | None) -> str:
-    """Whether the session can be trusted with the lock, in the words of `_describe_session`."""
-    checks = ["NOT pg_is_in_recovery()", "NOT current_setting('transaction_read_only')::boolean"]
+    """Whether the session can be trusted with the lock, by what `_describe_session` asks for."""
+    checks = [
+        "NOT pg_catalog.pg_is_in_recovery()",
+        "NOT pg_catalog.current_setting('transaction_read_only')::boolean",
+    ]
     if own_pid is not None:
-        checks.append(f"pg_backend_pid() = {own_pid}")
+        checks.append(f"pg_catalog.pg_backend_pid() {EQUALS} {own_pid}")
     if conditions.database is not None and conditions.database.isascii():
-        checks.append(f"current_database()::text = {_quote(conditions.database)}")
+        checks.append(f"pg_catalog.current_database()::pg_catalog.text {EQUALS} {_quote(conditions.database)}")
     if wish.in_transaction:
         checks.append(f"current_setting('transaction_isolation') IN ({', '.join(map(_quote, _FRESH_ISOLATION))})")
     return " AND ".join(checks)
@@ -682,6 +689,8 @@ ALREADY_HELD = "already held"  # by this session
 BUSY = "busy"  # the lock itself is not free
 FULL = "full"  # no permit is
 GRANTED = "granted"
+
+_IS_GRANTED = f"outcome {EQUALS} '{GRANTED}'"
 
 
 class Attempt(NamedTuple):
@@ -703,17 +712,19 @@ def _try_at_once(lock: LockNames, around: OwnSession, fit: str, *, known_free: b
         fit: whether the session can be trusted with the lock.
         known_free: a session that is fit cannot have the lock: a look into pg_locks costs a new backend a millisecond.
     """
+    moment = "" if around.scope else "_xact"
     conditions = f"""
                 WHEN NOT ({fit}) THEN '{UNFIT}'
-                WHEN NOT pg_try_advisory{"" if around.scope else "_xact"}_lock({lock.high}, 0) THEN '{WAITED_FOR}'
+                WHEN NOT pg_catalog.pg_try_advisory{moment}_lock({lock.high}, 0) THEN '{WAITED_FOR}'
                 {"" if known_free else f"WHEN {_own_lock(lock.key)} THEN '{ALREADY_HELD}'"}
     """
     leave_queue = f", CASE WHEN outcome NOT IN ('{UNFIT}', '{WAITED_FOR}') THEN pg_advisory_unlock({lock.high}, 0) END"
+    before = ", pg_catalog.current_setting('application_name') AS before"
     return f"""
-        WITH {_attempt(lock, around, conditions, before=", current_setting('application_name') AS before")}
+        WITH {_attempt(lock, around, conditions, before)}
         SELECT outcome, slot, before,
-               {", ".join(f"current_setting('{name}')" for name in around.finding())},
-               CASE outcome WHEN '{GRANTED}' THEN {_label("", lock.holding_fields, around)} END
+               {", ".join(f"pg_catalog.current_setting('{name}')" for name in around.finding())},
+               CASE WHEN {_IS_GRANTED} THEN {_label("", lock.holding_fields, around)} END
                {leave_queue if around.scope else ""}
         FROM attempt
     """
@@ -731,46 +742,39 @@ def _attempt(lock: LockNames, around: OwnSession, conditions: str = "", before: 
     take = f"""
                 SELECT CASE
                 {conditions}
-                WHEN pg_try_advisory{around.scope}_lock{lock.mode}({lock.key}) THEN '{GRANTED}'
+                WHEN pg_catalog.pg_try_advisory{around.scope}_lock{lock.mode}({lock.key}) THEN '{GRANTED}'
                 ELSE '{BUSY}' END AS outcome{before}
     """
     if lock.slots is None:
         return f"attempt AS MATERIALIZED ({take}, NULL::int AS slot)"
+    is_full = f"{_IS_GRANTED} AND slot IS NULL"
+    leave_again = f", CASE WHEN {is_full} THEN pg_catalog.pg_advisory_unlock_shared({lock.key}) END AS left_again"
     return f"""
              entry AS MATERIALIZED ({take}),
              choice AS MATERIALIZED (
-                SELECT entry.*, CASE outcome WHEN '{GRANTED}' THEN (
-                            SELECT (place - 1)::int
-                            FROM unnest(ARRAY[{", ".join(map(str, lock.permits))}]::bigint[])
+                SELECT entry.*, CASE WHEN {_IS_GRANTED} THEN (
+                            SELECT (place OPERATOR(pg_catalog.-) 1)::int
+                            FROM pg_catalog.unnest(ARRAY[{", ".join(map(str, lock.permits))}]::bigint[])
                                  WITH ORDINALITY AS permit(key, place)
-                            WHERE pg_try_advisory{around.scope}_lock(key)
+                            WHERE pg_catalog.pg_try_advisory{around.scope}_lock(key)
                             LIMIT 1) END AS slot
                 FROM entry),
              attempt AS MATERIALIZED (
-                SELECT CASE WHEN outcome = '{GRANTED}' AND slot IS NULL THEN '{FULL}' ELSE outcome END AS outcome,
-                       slot{", before" if before else ""}
-                       {"" if around.scope else f", {_unlock_where_full(lock)}"}
+                SELECT CASE WHEN {is_full} THEN '{FULL}' ELSE outcome END AS outcome, slot
+                       {", before" if before else ""}
+                       {"" if around.scope else leave_again}
                 FROM choice)
     """
 
 
-def _unlock_where_full(lock: LockNames) -> str:
-    return (
-        f"CASE WHEN outcome = '{GRANTED}' AND slot IS NULL THEN pg_advisory_unlock_shared({lock.key}) END AS left_again"
-    )
-
-
 def _release(lock: LockNames, granted: Granted) -> str:
-    """Give the lock back, and the session its old name. False means that the session did not hold it.
-
-    The names are whole, since in the caller's session search_path is the caller's.
-    """
+    """Give the lock back, and the session its old name. False means that the session did not hold it."""
     permit = "" if granted.slot is None else f"pg_catalog.pg_advisory_unlock({lock.permits[granted.slot]}),"
-    return f"""
+    return Statement(f"""
         SELECT {permit}
                pg_catalog.pg_advisory_unlock{lock.mode}({lock.key}),
                {_name(granted.before, "false")}
-    """
+    """)
 
 
 def _give_back(lock: LockNames, *, queue_only: bool) -> str:
@@ -897,10 +901,10 @@ def _take_as_head(lock: LockNames, ticket: Ticket, around: OwnSession, *, settle
     return f"""
         WITH {_attempt(lock, around)}
         SELECT outcome, slot,
-               CASE outcome WHEN '{GRANTED}' THEN pg_advisory_unlock({lock.high}, {ticket.number}) END,
-               CASE outcome WHEN '{GRANTED}' THEN pg_advisory_unlock_shared({lock.high}, 0) END,
-               CASE outcome WHEN '{GRANTED}' THEN {_label("", lock.holding_fields, around)} END
-               {f", CASE outcome WHEN '{GRANTED}' THEN {around.own_silence()} END" if settled else ""}
+               CASE WHEN {_IS_GRANTED} THEN pg_advisory_unlock({lock.high}, {ticket.number}) END,
+               CASE WHEN {_IS_GRANTED} THEN pg_advisory_unlock_shared({lock.high}, 0) END,
+               CASE WHEN {_IS_GRANTED} THEN {_label("", lock.holding_fields, around)} END
+               {f", CASE WHEN {_IS_GRANTED} THEN {around.own_silence()} END" if settled else ""}
         FROM attempt
     """
 
@@ -941,8 +945,9 @@ def _look(lock: LockNames, ticket: Ticket | None) -> str:
 def _label(state: str, fitted_fields: str, around: OwnSession) -> str:
     """Set the label, with the server's own clock: at the grant it is the moment of the grant."""
     return (
-        f"set_config('application_name', 'dblock1 {state}' || floor(extract(epoch FROM clock_timestamp()))::bigint"
-        f" || ' {fitted_fields}', {around.local})"
+        f"pg_catalog.set_config('application_name', 'dblock1 {state}' {_JOINED_TO}"
+        f" pg_catalog.floor(extract(epoch FROM pg_catalog.clock_timestamp()))::bigint {_JOINED_TO}"
+        f" ' {fitted_fields}', {around.local})"
     )
 
 
@@ -959,14 +964,14 @@ def _quote(text: str) -> str:
 
 
 def _own_lock(key: int) -> str:
-    return f"EXISTS (SELECT FROM pg_locks WHERE {_is_own_lock(key)})"
+    return f"EXISTS (SELECT FROM pg_catalog.pg_locks WHERE {_is_own_lock(key)})"
 
 
 def _is_own_lock(key: int) -> str:
     classid, objid, _ = Key(key).postgres
     return (
-        f"locktype = 'advisory' AND objsubid = 1 AND pid = pg_backend_pid() AND granted"
-        f" AND classid = {classid} AND objid = {objid}"
+        f"locktype {EQUALS} 'advisory' AND objsubid {EQUALS} 1 AND pid {EQUALS} pg_catalog.pg_backend_pid()"
+        f" AND granted AND classid {EQUALS} {classid} AND objid {EQUALS} {objid}"
     )
 
 

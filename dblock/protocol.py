@@ -58,6 +58,12 @@ class HangUp:
     """The connection is closed, whosever it is: what its session holds is not known. The reply is empty."""
 
 
+class Statement(str):
+    """A message of one statement which means the same whatever the session is set to: so a driver may prepare it."""
+
+    __slots__ = ()
+
+
 Message = str | Wait | Pause | HangUp
 Steps = Generator[Message, Row, T]
 
