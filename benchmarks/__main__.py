@@ -1,6 +1,6 @@
 """``make bench``: dblock beside the raw driver and beside its peers, on one server, in one run.
 
-    python -m benchmarks [--rounds 40] [--output .bench]
+    python -m benchmarks [--rounds 40] [--output .bench] [--mssql URL]
 
 Rounds are interleaved, so that noise hits all alike; what is shown are medians, and ratios of medians. Each peer is
 pinned and has an environment of its own. A table in Markdown and JSON and the plots land in the output folder.
@@ -34,7 +34,7 @@ from dblock.demo.server import Server, postgres_server
 
 PINS = {
     "postgresql-lock": ["postgresql-lock==0.1.9", "psycopg[binary]>=3.2"],
-    "sqlalchemy-dlock": ["sqlalchemy-dlock==0.9.0", "psycopg[binary]>=3.2"],
+    "sqlalchemy-dlock": ["sqlalchemy-dlock==0.9.0", "psycopg[binary]>=3.2", "pymssql>=2.3"],
     "pals": ["PALs==0.4.0", "psycopg2-binary>=2.9"],
     "django-pglock": ["django-pglock==1.8.0", "psycopg[binary]>=3.2"],
     "tooz": ["tooz==9.1.0", "psycopg2-binary>=2.9"],
@@ -207,6 +207,35 @@ def to_the_next(url: str, pythons: dict[str, str]) -> Iterator[Result]:
         )
 
 
+def on_sql_server(url: str, pythons: dict[str, str], rounds: int) -> Iterator[Result]:
+    """The rows that apply there. What server it is, the table says: another one of the same protocol is not as fast."""
+    names = ["raw pymssql", "dblock pymssql", *(["sqlalchemy-dlock pymssql"] if "sqlalchemy-dlock" in pythons else [])]
+    pythons = dict.fromkeys(OURS, sys.executable) | dict.fromkeys(names[:2], sys.executable) | pythons
+    if len(names) > 2:
+        pythons[names[2]] = pythons["sqlalchemy-dlock"]
+    with playing(pythons, names, url) as players:
+        pairs, timed = (interleaved(players, command, rounds) for command in ("pairs", "timed"))
+        ours = {name: player for name, player in players.items() if name in names[:2]}
+        lives = interleaved(ours, "lives", max(3, rounds // 10))
+    where = _server_name(url)
+    yield Result.ratio(f"{where}: acquire + release, open connection", pairs[names[1]], pairs[names[0]], 1.25)
+    yield Result.ratio(f"{where}: timed acquire + release", timed[names[1]], timed[names[0]], 1.3)
+    for peer in names[2:]:
+        yield Result.ratio(f"{where}: timed, beside sqlalchemy-dlock", timed[names[1]], timed[peer], 1)
+    yield Result.ratio(f"{where}: from a URL, whole life", lives[names[1]], lives[names[0]], 1.15)
+    raw, dblocks = (handoffs(pythons[name], name, url, HANDOFFS) for name in names[:2])
+    yield Result.ratio(f"{where}: handoff, 2 processes", dblocks, raw, 2)
+
+
+def _server_name(url: str) -> str:
+    from benchmarks.contestant import RawPymssql
+
+    with RawPymssql(url).connection as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT CAST(@@VERSION AS nvarchar(400))")
+        ((version,),) = cursor.fetchall()
+    return "Babelfish" if "Babelfish" in version else "SQL Server"
+
+
 @contextmanager
 def crowd(url: str, size: int, served: list[tuple[int, float]]) -> Iterator[dblock.Lock]:
     """A holder, and so many waiters in one process, in the order of their numbers; and who was served when."""
@@ -238,12 +267,12 @@ def _waiting(observer: psycopg.Connection[Any]) -> int:
 
 def crowds(server: Server) -> Iterator[Result | tuple[str, dict[int, float]]]:
     medians: dict[int, float] = {}
+    rest: dict[int, Rest] = {}
     ordered = True
     for size in CROWDS:
         order: list[tuple[int, float]] = []
         with crowd(server.url, size, order) as holder:
-            if size == CROWDS[-1]:
-                yield at_rest(server, size)
+            rest[size] = at_rest(server, size)
             released = time.monotonic()
             holder.release()
         moments = [released, *(moment for _, moment in order)]
@@ -253,18 +282,46 @@ def crowds(server: Server) -> Iterator[Result | tuple[str, dict[int, float]]]:
     told = ", ".join(f"{size}: {seconds * 1e3:.2f} ms" for size, seconds in medians.items())
     yield Result("handoff with waiters behind", f"{told}: {most / least:.2f} ×", "400 ≤ 2 × 2", most <= 2 * least)
     yield Result("their order", "kept" if ordered else "broken", "kept", ordered)
+    most_waiters = rest[CROWDS[-1]]
+    yield Result(
+        f"{CROWDS[-1]} waiters at rest",
+        f"{most_waiters.core:.0%} of a core, {most_waiters.messages:.2f} messages a second each, "
+        f"{most_waiters.log} characters of log",
+        "≤ 25 %, ≤ 1.2, 0",
+        most_waiters.core <= 0.25 and most_waiters.messages <= 1.2 and most_waiters.log == 0,
+    )
     yield "handoff with waiters behind (ms)", {size: seconds * 1e3 for size, seconds in medians.items()}
+    yield "what waiters cost the server (% of a core)", {size: found.core * 100 for size, found in rest.items()}
+    yield "memory of a waiting backend (MB)", {size: found.megabytes for size, found in rest.items()}
 
 
-def at_rest(server: Server, size: int) -> Result:
-    """What waiters cost the server while nothing happens."""
+@dataclass
+class Rest:
+    """What waiters cost the server while nothing happens.
+
+    Attributes:
+        core: the part of one core that all backends use.
+        messages: a second, of each waiter.
+        log: characters written into the server's log.
+        megabytes: of each backend, what it shares with others counted in parts.
+    """
+
+    core: float
+    messages: float
+    log: int
+    megabytes: float
+
+
+def at_rest(server: Server, size: int) -> Rest:
     with psycopg.connect(server.url, autocommit=True) as observer:
+        pids = [
+            pid
+            for (pid,) in observer.execute(
+                "SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+            )
+        ]
 
         def cost() -> tuple[float, int, int]:
-            pids = [
-                pid
-                for (pid,) in observer.execute("SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend'")
-            ]
             row = observer.execute("SELECT sum(xact_commit) FROM pg_stat_database").fetchone()
             return sum(map(_cpu_seconds, pids)), int(row[0]) if row else 0, len(server.log)
 
@@ -272,16 +329,17 @@ def at_rest(server: Server, size: int) -> Result:
         before, began = cost(), time.monotonic()
         time.sleep(REST_SECONDS)
         after, took = cost(), time.monotonic() - began
-    core = (after[0] - before[0]) / took
-    messages = (after[1] - before[1]) / took / size
-    lines = after[2] - before[2]
-    good = core <= 0.25 and messages <= 1.2 and lines == 0
-    return Result(
-        f"{size} waiters at rest",
-        f"{core:.0%} of a core, {messages:.2f} messages a second each, {lines} characters of log",
-        "≤ 25 %, ≤ 1.2, 0",
-        good,
+    return Rest(
+        core=(after[0] - before[0]) / took,
+        messages=(after[1] - before[1]) / took / size,
+        log=after[2] - before[2],
+        megabytes=statistics.mean(map(_megabytes, pids)),
     )
+
+
+def _megabytes(pid: int) -> float:
+    found = re.search(r"^Pss:\s*(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii"), re.MULTILINE)
+    return int(found[1]) / 1024 if found else 0.0
 
 
 def _cpu_seconds(pid: int) -> float:
@@ -401,6 +459,7 @@ def report(results: list[Result], curves: dict[str, dict[int, float]], folder: P
         figure, axes = plt.subplots(figsize=(6, 3.5))
         axes.plot(list(curve), list(curve.values()), marker="o")
         axes.set_title(title)
+        axes.set_xlabel("other locks" if "other locks" in title else "waiters")
         axes.set_ylim(bottom=0)
         figure.tight_layout()
         figure.savefig(folder / f"plot-{number + 1}.svg")
@@ -411,6 +470,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--output", type=Path, default=Path(".bench"))
+    parser.add_argument("--mssql", metavar="URL", default=os.environ.get("DBLOCK_TEST_MSSQL_URL"), help="a SQL Server")
     args = parser.parse_args()
     args.output.mkdir(exist_ok=True)
     pythons = environments(args.output)
@@ -424,6 +484,7 @@ def main() -> None:
             starts(server.url, 15),
             crowds(server),
             messages(),
+            *([on_sql_server(args.mssql, pythons, args.rounds)] if args.mssql else []),
         ]
         for rows in measured:
             for row in rows:

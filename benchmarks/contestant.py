@@ -92,6 +92,82 @@ class DblockSqlalchemy(Dblock):
         self.connection = RawSqlalchemy(url).connection
 
 
+class RawPymssql:
+    """What there is at least to be sent on SQL Server."""
+
+    def __init__(self, url: str) -> None:
+        from urllib.parse import urlsplit
+
+        import pymssql
+
+        parts = urlsplit(url)
+        self.arguments: dict[str, Any] = {
+            "server": parts.hostname,
+            "port": str(parts.port or 1433),
+            "user": parts.username,
+            "password": parts.password,
+            "database": parts.path[1:],
+            "autocommit": True,
+            "tds_version": "7.4",
+        }
+        self.connect = pymssql.connect
+        self.connection = self.connect(**self.arguments)
+
+    def acquire(self) -> None:
+        self._acquire(self.connection, -1)
+
+    def acquire_timed(self) -> None:
+        self._acquire(self.connection, TIMEOUT_SECONDS * 1000)
+
+    def release(self) -> None:
+        self._ask(self.connection, f"EXEC @r = sys.sp_releaseapplock N'dblock:{KEY}', 'Session'")
+
+    def live(self) -> None:
+        with self.connect(**self.arguments) as connection:
+            self._acquire(connection, -1)
+            self._ask(connection, f"EXEC @r = sys.sp_releaseapplock N'dblock:{KEY}', 'Session'")
+
+    def _acquire(self, connection: Any, milliseconds: int) -> None:
+        self._ask(
+            connection,
+            f"EXEC @r = sys.sp_getapplock N'dblock:{KEY}', 'Exclusive', 'Session', @LockTimeout = {milliseconds}",
+        )
+
+    def _ask(self, connection: Any, statement: str) -> None:
+        with connection.cursor() as cursor:
+            cursor.execute(f"DECLARE @r int; {statement}; SELECT @r")
+            ((code,),) = cursor.fetchall()
+            assert code >= 0
+
+
+class DblockPymssql(Dblock):
+    def __init__(self, url: str) -> None:
+        import dblock
+
+        self.url, self.make = url, dblock.lock
+        self.connection = RawPymssql(url).connection
+
+
+class SqlalchemyDlockPymssql:
+    def __init__(self, url: str) -> None:
+        import sqlalchemy
+        from sqlalchemy_dlock import create_sadlock
+
+        self.connection = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT").connect()
+        self.make = create_sadlock
+
+    def acquire(self) -> None:
+        self.lock = self.make(self.connection, "b@web-01")
+        assert self.lock.acquire()
+
+    def acquire_timed(self) -> None:
+        self.lock = self.make(self.connection, "b@web-01")
+        assert self.lock.acquire(timeout=TIMEOUT_SECONDS)
+
+    def release(self) -> None:
+        self.lock.release()
+
+
 class PostgresqlLock(Raw):
     def __init__(self, url: str) -> None:
         super().__init__(url)
@@ -203,6 +279,9 @@ CONTESTANTS: dict[str, Any] = {
     "raw SQLAlchemy": RawSqlalchemy,
     "dblock": Dblock,
     "dblock SQLAlchemy": DblockSqlalchemy,
+    "raw pymssql": RawPymssql,
+    "dblock pymssql": DblockPymssql,
+    "sqlalchemy-dlock pymssql": SqlalchemyDlockPymssql,
     "postgresql-lock": PostgresqlLock,
     "sqlalchemy-dlock": SqlalchemyDlock,
     "pals": Pals,
