@@ -9,6 +9,7 @@ pinned and has an environment of its own. A table in Markdown and JSON and the p
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -231,9 +232,9 @@ def _server_name(url: str) -> str:
     from benchmarks.contestant import RawPymssql
 
     with RawPymssql(url).connection as connection, connection.cursor() as cursor:
-        cursor.execute("SELECT CAST(@@VERSION AS nvarchar(400))")
-        ((version,),) = cursor.fetchall()
-    return "Babelfish" if "Babelfish" in version else "SQL Server"
+        cursor.execute("SELECT CAST(SERVERPROPERTY('babelfish') AS int)")
+        ((babelfish,),) = cursor.fetchall()
+    return "Babelfish" if babelfish else "SQL Server"
 
 
 @contextmanager
@@ -322,19 +323,36 @@ def at_rest(server: Server, size: int) -> Rest:
         ]
 
         def cost() -> tuple[float, int, int]:
-            row = observer.execute("SELECT sum(xact_commit) FROM pg_stat_database").fetchone()
-            return sum(map(_cpu_seconds, pids)), int(row[0]) if row else 0, len(server.log)
+            return sum(map(_cpu_seconds, pids)), next(sent), len(server.log)
 
         time.sleep(2)  # for all to have settled
-        before, began = cost(), time.monotonic()
-        time.sleep(REST_SECONDS)
-        after, took = cost(), time.monotonic() - began
+        with counted_messages() as sent:
+            before, began = cost(), time.monotonic()
+            time.sleep(REST_SECONDS)
+            after, took = cost(), time.monotonic() - began
     return Rest(
         core=(after[0] - before[0]) / took,
         messages=(after[1] - before[1]) / took / size,
         log=after[2] - before[2],
         megabytes=statistics.mean(map(_megabytes, pids)),
     )
+
+
+@contextmanager
+def counted_messages() -> Iterator[Iterator[int]]:
+    """How many messages this process, whose threads are the waiters, has sent since."""
+    sent = itertools.count()
+    execute = psycopg.Cursor.execute
+
+    def counted(self: psycopg.Cursor[Any], *args: Any, **more: Any) -> psycopg.Cursor[Any]:
+        next(sent)
+        return execute(self, *args, **more)
+
+    psycopg.Cursor.execute = counted  # type: ignore[assignment, method-assign]
+    try:
+        yield sent
+    finally:
+        psycopg.Cursor.execute = execute  # type: ignore[method-assign]
 
 
 def _megabytes(pid: int) -> float:
@@ -371,7 +389,9 @@ def _alternating(one: list[str], other: list[str], rounds: int, url: str) -> tup
     for number in range(rounds + 1):
         for command, taken in zip((one, other), seconds, strict=True):
             began = time.perf_counter()
-            subprocess.run(command, check=True, env=os.environ | {"DBLOCK_URL": url})
+            # What was compiled once is not compiled again, as with every package that was installed.
+            env = os.environ | {"DBLOCK_URL": url, "PYTHONDONTWRITEBYTECODE": ""}
+            subprocess.run(command, check=True, env=env)
             if number:  # the first time files are read from the disk
                 taken.append(time.perf_counter() - began)
     return seconds
@@ -381,7 +401,8 @@ def permits(url: str) -> Iterator[Result]:
     connections = [psycopg.connect(url, autocommit=True) for _ in range(slots.CALLERS)]
     reached: dict[str, list[float]] = {"raw statements": [], "dblock": []}
     longest = 0.0
-    for _ in range(3):
+    slots.crowd(connections, 2, slots.with_dblock)  # each backend's first time is its own
+    for _ in range(5):
         for name, slot in (("raw statements", slots.with_statements), ("dblock", slots.with_dblock)):
             part, wait = slots.crowd(connections, 12, slot)
             reached[name].append(part)

@@ -5,7 +5,6 @@ Knows no lock. A file that cannot be written harms none.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,6 +33,8 @@ def tell(event: Happening, seconds: float, about: Iterable[Mapping[str, Any]], *
     path = os.environ.get("DBLOCK_EVENTS")
     if not path:
         return
+    import json  # slow to import, for what few want
+
     moment = datetime.now(tz=timezone.utc) - timedelta(seconds=ago)
     common = {
         "time": moment.isoformat(timespec="milliseconds"),
@@ -75,6 +76,8 @@ def read(paths: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
+    import json
+
     try:
         event = json.loads(line)
         event["moment"] = datetime.fromisoformat(event["time"]).timestamp()

@@ -943,12 +943,13 @@ def _look(lock: LockNames, ticket: Ticket | None) -> str:
 
 
 def _label(state: str, fitted_fields: str, around: OwnSession) -> str:
-    """Set the label, with the server's own clock: at the grant it is the moment of the grant."""
-    return (
-        f"pg_catalog.set_config('application_name', 'dblock1 {state}' {_JOINED_TO}"
-        f" pg_catalog.floor(extract(epoch FROM pg_catalog.clock_timestamp()))::bigint {_JOINED_TO}"
-        f" ' {fitted_fields}', {around.local})"
-    )
+    """Set the label, with the server's own clock: at the grant it is the moment of the grant.
+
+    In the words which a new backend knows soonest: it looks up each function and operator that it has not met.
+    """
+    seconds = "pg_catalog.floor(pg_catalog.date_part('epoch', pg_catalog.clock_timestamp()))::bigint::pg_catalog.text"
+    text = f"'dblock1 {state}' {_JOINED_TO} {seconds} {_JOINED_TO} ' {fitted_fields}'"
+    return f"pg_catalog.set_config('application_name', {text}, {around.local})"
 
 
 def _name(before: Any, local: str) -> str:
