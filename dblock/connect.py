@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable
+from functools import cache, lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
@@ -212,9 +213,16 @@ def _driver_for(text: str) -> _Driver:
 
 def _package_of(thing: object) -> str | None:
     """The package that knows a connection or an error, by its class or an ancestor's."""
-    packages = {ancestor.__module__.partition(".")[0] for ancestor in type(thing).__mro__}
+    kind: type = type(thing)
+    return _package_of_class(kind)
+
+
+@lru_cache(maxsize=64)
+def _package_of_class(kind: type) -> str | None:
+    packages = {ancestor.__module__.partition(".")[0] for ancestor in kind.__mro__}
     return next((name for name in _PACKAGES if name in packages), None)
 
 
+@cache
 def _load(name: str) -> _Driver:
     return cast("_Driver", import_module(f"dblock.driver_{name}"))

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
     AnyConnection = psycopg.Connection[Any] | psycopg.AsyncConnection[Any]
 
+# libpq's PQTransactionStatusType.
+_IDLE, _ACTIVE, _IN_TRANSACTION, _IN_FAILED_TRANSACTION = range(4)
+
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _SECRETS = ("password", "sslpassword", "oauth_client_secret", "scram_client_key", "scram_server_key")
 _UNREADABLE = (
@@ -60,11 +63,10 @@ class _OnPsycopg(AnySession):
 
     @property
     def in_transaction(self) -> bool | None:
-        from psycopg.pq import TransactionStatus
-
-        if self.busy:
+        status = self._connection.pgconn.transaction_status
+        if status == _ACTIVE:
             return None  # somebody is talking on it just now
-        return self._connection.info.transaction_status in (TransactionStatus.INTRANS, TransactionStatus.INERROR)
+        return status in (_IN_TRANSACTION, _IN_FAILED_TRANSACTION)
 
     @property
     def would_begin(self) -> bool:
@@ -76,9 +78,7 @@ class _OnPsycopg(AnySession):
 
     @property
     def busy(self) -> bool:
-        from psycopg.pq import TransactionStatus
-
-        return self._connection.info.transaction_status == TransactionStatus.ACTIVE
+        return self._connection.pgconn.transaction_status == _ACTIVE
 
     def fileno(self) -> int:
         import psycopg
@@ -269,32 +269,30 @@ def borrow_async(connection: psycopg.AsyncConnection[Any], scope: Scope) -> Asyn
 
 def _loan(connection: AnyConnection, scope: Scope) -> Loan:
     """Check the caller's connection."""
-    from psycopg.pq import TransactionStatus
-
-    status = connection.info.transaction_status
+    status = connection.pgconn.transaction_status
     if connection.closed:
         raise UnsafeConnection("the connection is closed")
     _refuse_pipeline(connection)
-    if status == TransactionStatus.INERROR:
+    if status == _IN_FAILED_TRANSACTION:
         raise UnsafeConnection("the connection is inside a transaction that has failed: ROLLBACK first")
-    if status == TransactionStatus.ACTIVE:
+    if status == _ACTIVE:
         raise UnsafeConnection("the connection is busy with a statement")
     if scope == "session" and not connection.autocommit:
         raise UnsafeConnection(
             "the connection is not in autocommit: the lock would be given back before the work is committed, or kept "
             "beyond it. Use a connection in autocommit, or scope='transaction'"
         )
-    if scope == "session" and status != TransactionStatus.IDLE:
+    if scope == "session" and status != _IDLE:
         raise UnsafeConnection(
             "the connection is inside a transaction: the lock would be given back before the work is committed. "
             "COMMIT first, or use scope='transaction'"
         )
-    if scope == "transaction" and connection.autocommit and status == TransactionStatus.IDLE:
+    if scope == "transaction" and connection.autocommit and status == _IDLE:
         raise UnsafeConnection(
             "no transaction is open, and the connection is in autocommit: a lock until the transaction's end would "
             "end at once. Begin one, or use scope='session'"
         )
-    began = status == TransactionStatus.IDLE and scope == "transaction"
+    began = status == _IDLE and scope == "transaction"
     return Loan(connection, began, rollback=connection.rollback)
 
 
@@ -307,9 +305,7 @@ def _may_prepare(text: str) -> bool | None:
 
 
 def _refuse_pipeline(connection: AnyConnection) -> None:
-    from psycopg.pq import PipelineStatus
-
-    if connection.pgconn.pipeline_status != PipelineStatus.OFF:
+    if connection.pgconn.pipeline_status:  # PQ_PIPELINE_OFF is 0
         raise UnsafeConnection("the connection is in pipeline mode, in which a statement's outcome comes too late")
 
 
@@ -322,14 +318,13 @@ def _alive(connection: AnyConnection) -> bool:
     Not while somebody waits for a reply, which would be swallowed: who talks on the connection learns of its end.
     """
     import psycopg
-    from psycopg.pq import TransactionStatus
 
     blocking = connection.lock if isinstance(connection, psycopg.Connection) else None
     if connection.lock.locked() or (blocking and not blocking.acquire(blocking=False)):
         return not connection.closed
     try:
         while not connection.closed and has_input(connection.fileno()):
-            if connection.info.transaction_status == TransactionStatus.ACTIVE:
+            if connection.pgconn.transaction_status == _ACTIVE:
                 break
             connection.pgconn.consume_input()
     except (psycopg.Error, OSError, ValueError):
@@ -380,7 +375,6 @@ def _not_connected(error: psycopg.Error, password: str) -> DatabaseError:
 
 
 def _check_new(connection: AnyConnection, kind: type[Any]) -> None:
-    from psycopg.pq import TransactionStatus
 
     if not isinstance(connection, kind):
         raise UnsafeConnection(
@@ -388,7 +382,7 @@ def _check_new(connection: AnyConnection, kind: type[Any]) -> None:
         )
     if connection.closed:
         raise UnsafeConnection("the callable returned a closed connection; it must return a new one each time")
-    if connection.info.transaction_status != TransactionStatus.IDLE:
+    if connection.pgconn.transaction_status != _IDLE:
         raise UnsafeConnection("the callable returned a connection inside a transaction; it must return a new one")
 
 

@@ -21,6 +21,7 @@ import secrets
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -372,6 +373,7 @@ class LockNames:
     holding_fields: str
 
     @classmethod
+    @lru_cache(maxsize=64)  # one lock after another has the same names
     def of(cls, wish: Wish) -> LockNames:
         def fitted(time_width: int) -> str:
             return fields(wish.tenant, wish.target, wish.step, time_width=time_width, limit=_LABEL_BYTES)

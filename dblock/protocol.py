@@ -96,7 +96,7 @@ class Wish:
 
     @property
     def permits(self) -> tuple[Key, ...]:
-        return names.permits(self.target, self.step, self.slots or 0)
+        return names.permits(self.target, self.step, self.slots) if self.slots else ()
 
 
 @dataclass(frozen=True)
