@@ -460,10 +460,11 @@ def acquire_by_locks_held(url: str) -> dict[int, float]:
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
-def report(results: list[Result], curves: dict[str, dict[int, float]], folder: Path) -> None:
+def report(results: list[Result], curves: dict[str, dict[int, float]], server: str, folder: Path) -> None:
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
     machine = (
-        f"{os.cpu_count()} cores ({model[1] if model else platform.machine()}), Python {platform.python_version()}"
+        f"{os.cpu_count()} cores ({model[1] if model else platform.machine()}), PostgreSQL {server}, "
+        f"Python {platform.python_version()}"
     )
     when = f"{datetime.now(tz=timezone.utc):%Y-%m-%d}"
     lines = [f"Measured {when} on {machine}.", "", "| what | result | target | |", "| --- | --- | --- | --- |"]
@@ -515,7 +516,9 @@ def main() -> None:
                 else:
                     curves[row[0]] = row[1]
         curves["acquire while the server holds other locks (ms)"] = acquire_by_locks_held(server.url)
-    report(results, curves, args.output)
+        with psycopg.connect(server.url) as connection:
+            version = connection.info.parameter_status("server_version") or "unknown"
+    report(results, curves, version.split()[0], args.output)
 
 
 if __name__ == "__main__":
