@@ -18,7 +18,7 @@ MINUTES ?= 20
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 PIP_INSTALL = .venv/bin/python -m pip install --quiet
 
-.PHONY: help demo test bench soak picture clean
+.PHONY: help demo test bench soak picture templates clean
 
 help:
 	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
@@ -28,8 +28,8 @@ demo: .venv/with-demo
 	@.venv/bin/dblock demo --svg .demo/demo.svg
 
 test: .venv/with-everything
-	.venv/bin/ruff check dblock tests benchmarks
-	.venv/bin/ruff format --check dblock tests benchmarks
+	.venv/bin/ruff check dblock tests benchmarks octopus
+	.venv/bin/ruff format --check dblock tests benchmarks octopus
 	.venv/bin/mypy
 	.venv/bin/pytest -n 4 --dist loadgroup $(PYTEST_ARGS)
 
@@ -45,6 +45,10 @@ soak: .venv/with-everything
 # The picture in the README.
 picture: .venv/with-demo
 	.venv/bin/dblock demo --targets 1 --svg docs/demo.svg
+
+# The step templates, after a change of one of their scripts or of the raw ones.
+templates: .venv/made
+	.venv/bin/python octopus/pack.py
 
 clean:
 	rm -rf .venv .demo .bench .soak .mypy_cache .pytest_cache .ruff_cache build dist

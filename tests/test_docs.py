@@ -21,6 +21,8 @@ import dblock
 from dblock.doctor import examine
 from tests.backends import Postgres
 from tests.doors import SQL
+from tests.octopus import Step, bash_step, python_step
+from tests.support import wait_until
 
 DOCS = Path(__file__).parent.parent / "docs"
 Connection = psycopg.Connection[Any]
@@ -259,3 +261,28 @@ def test_who_watches_as_the_page_says(postgres: Postgres, url: str) -> None:
         assert key in by_key
         assert "4123 is not a holder's pid" in run(by_key).stderr
     assert run(for_scripts).returncode == 0
+
+
+# --- octopus.md -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("language", ["python", "bash"])
+def test_the_steps_of_the_octopus_page(url: str, tmp_path: Path, language: str) -> None:
+    """As the tool's bootstrap runs them, while another tenant is at it."""
+    (script,) = blocks("octopus.md", language)
+    variables = {"Locks.Url": url, "Octopus.Machine.Name": "web-01", "Octopus.Deployment.Tenant.Name": "T2"}
+    lay = {"python": python_step, "bash": bash_step}[language]
+    (tmp_path / "b.sh").write_text('#!/bin/sh\necho "the work of step b"\n', encoding="utf-8")
+    (tmp_path / "b.sh").chmod(0o755)
+    with dblock.lock(url, target="web-01", step="b", tenant="T1"):
+        step = Step(tmp_path, lay(tmp_path, script, variables))
+        wait_until(lambda: "waiting for b@web-01: held by tenant T1" in step.output(), "it to say that it waits")
+    done = step.finish()
+    assert (done.code, done.stderr) == (0, "")
+    assert done.log.at("default") == ["the work of step b"]
+    assert done.log.at("wait")[0].startswith("Another deployment has the lock")
+
+
+def test_the_templates_of_the_octopus_page_are_those_that_there_are() -> None:
+    named = re.findall(r"`([a-z-]+\.json)`", (DOCS / "octopus.md").read_text(encoding="utf-8"))
+    assert set(named) == {path.name for path in (DOCS.parent / "octopus").glob("*.json")}
