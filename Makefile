@@ -3,6 +3,7 @@
 #     make demo       six tenants on two targets, on a throw-away PostgreSQL; the picture lands in .demo/
 #     make test       linting, typing and the tests, on a throw-away PostgreSQL
 #     make bench      dblock beside the raw driver and its peers; table and plots land in .bench/
+#     make docs       the pages as a site, in .docs/
 #
 # and one for patient people, on Linux:
 #
@@ -18,7 +19,7 @@ MINUTES ?= 20
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 PIP_INSTALL = .venv/bin/python -m pip install --quiet
 
-.PHONY: help demo test bench soak picture templates clean
+.PHONY: help demo test bench soak docs picture templates clean
 
 help:
 	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
@@ -28,8 +29,8 @@ demo: .venv/with-demo
 	@.venv/bin/dblock demo --svg .demo/demo.svg
 
 test: .venv/with-everything
-	.venv/bin/ruff check dblock tests benchmarks octopus
-	.venv/bin/ruff format --check dblock tests benchmarks octopus
+	.venv/bin/ruff check dblock tests benchmarks octopus docs
+	.venv/bin/ruff format --check dblock tests benchmarks octopus docs
 	.venv/bin/mypy
 	.venv/bin/pytest -n 4 --dist loadgroup $(PYTEST_ARGS)
 
@@ -42,6 +43,10 @@ soak: .venv/with-everything
 	@mkdir -p .soak
 	@.venv/bin/python -m tests.soak --minutes $(MINUTES) --json .soak/found.json
 
+docs: .venv/with-everything
+	@.venv/bin/python -m sphinx --fail-on-warning --keep-going -q docs .docs
+	@echo "the pages are in .docs/index.html"
+
 # The picture in the README.
 picture: .venv/with-demo
 	.venv/bin/dblock demo --targets 1 --svg docs/demo.svg
@@ -51,7 +56,7 @@ templates: .venv/made
 	.venv/bin/python octopus/pack.py
 
 clean:
-	rm -rf .venv .demo .bench .soak .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf .venv .demo .bench .soak .docs .mypy_cache .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # Installed in place: what is edited is what runs. The stamps let a second run begin at once.

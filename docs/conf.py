@@ -1,0 +1,38 @@
+"""The pages as a site: ``make docs``. Read as they are, in the repository, they need none of this."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import version as _version
+from pathlib import Path
+from typing import Any
+
+project = "dblock"
+version = release = _version("dblock")
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns: list[str] = []
+html_theme = "furo"
+html_title = "dblock"
+autodoc_typehints = "signature"
+autodoc_member_order = "bysource"
+myst_heading_anchors = 3
+default_role = "py:obj"  # a name between single backticks leads to what it names, where that is public
+suppress_warnings = ["misc.highlighting_failure"]  # a crontab has no lexer
+
+_ROOT = Path(__file__).parent.parent
+
+
+def _outside(found: re.Match[str]) -> str:
+    """A link to a file of the repository, which is not on the site: its path. One that leads nowhere is an error."""
+    text, path = found.groups()
+    if not (_ROOT / path).exists():
+        raise ValueError(f"a page links to {path}, which does not exist")
+    return f"{text} (`{path}`)"
+
+
+def _read(app: Any, name: str, source: list[str]) -> None:  # noqa: ARG001 - as Sphinx calls it
+    source[0] = re.sub(r"\[([^]]+)\]\(\.\./([^)#]+)\)", _outside, source[0])
+
+
+def setup(app: Any) -> None:
+    app.connect("source-read", _read)
