@@ -19,7 +19,7 @@ MINUTES ?= 20
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 PIP_INSTALL = .venv/bin/python -m pip install --quiet
 
-.PHONY: help demo test bench soak docs picture templates clean
+.PHONY: help demo test check bench soak docs picture templates clean
 
 help:
 	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
@@ -32,7 +32,11 @@ test: .venv/with-everything
 	.venv/bin/ruff check dblock tests benchmarks octopus docs
 	.venv/bin/ruff format --check dblock tests benchmarks octopus docs
 	.venv/bin/mypy
+	.venv/bin/mypy --platform win32 --package dblock
 	.venv/bin/pytest -n 4 --dist loadgroup $(PYTEST_ARGS)
+
+# What the CI runs is the same, and nothing else.
+check: test
 
 bench: .venv/with-everything
 	@$(PIP_INSTALL) --group bench

@@ -104,9 +104,11 @@ def _database(existing: str | None) -> Iterator[tuple[str, Path | None]]:
     if existing is not None:
         yield existing, psql
         return
-    from dblock.demo.server import postgres_server
+    if sys.platform == "win32":
+        raise options.UsageError("the demo starts a server by the means of Unix; on Windows give it one by --url")
+    from dblock.demo import server as throw_away
 
-    with postgres_server() as server:
+    with throw_away.postgres_server() as server:
         own = server.bin / "psql"
         # Said in the URL, because libpq would take it from the environment otherwise: another server, or TLS.
         yield f"{server.url}?hostaddr=127.0.0.1&sslmode=disable", own if own.exists() else psql

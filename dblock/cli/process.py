@@ -8,6 +8,10 @@ whose number may be another's by now.
 
 from __future__ import annotations
 
+import sys
+
+assert sys.platform != "win32"  # whoever imports this has refused Windows
+
 import os
 import selectors
 import signal

@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import signal
+import sys
 from typing import Any
 
 import dblock
@@ -117,11 +118,12 @@ def handle(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, kind_of_lock: type[dblock.Lock]) -> int:
-    if os.name != "posix":
-        raise options.UsageError("dblock run needs the process groups of Unix; on Windows use dblock from Python")
+    if sys.platform == "win32":
+        raise options.UsageError(
+            "dblock run needs the process groups of Unix; on Windows use dblock from Python, or the SQL scripts"
+        )
     # Signals and process groups, which not every system has.
-    from dblock.cli import process
-    from dblock.cli.watcher import Watcher
+    from dblock.cli import process, watcher
 
     if not args.command or not args.command[0]:
         raise options.UsageError("no command: write it after -- (see dblock run --help)")
@@ -148,9 +150,9 @@ def _run(args: argparse.Namespace, kind_of_lock: type[dblock.Lock]) -> int:
         try:
             with lock:
                 signals.interrupting = False
-                with Watcher(lock.fileno()) as watcher:
+                with watcher.Watcher(lock.fileno()) as watching:
                     environment = _environment(lock, tenant, url if args.pass_url else None)
-                    code = process.run(args.command, environment, signals, watcher, lock, grace=args.grace)
+                    code = process.run(args.command, environment, signals, watching, lock, grace=args.grace)
                 # What hangs now is the giving back, and it may be left to the end of the connection.
                 signals.interrupting = True
         except dblock.LockLost as lost:

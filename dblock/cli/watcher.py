@@ -14,10 +14,13 @@ Only the command's process group is watched: a process that leaves it (``setsid`
 
 from __future__ import annotations
 
+import sys
+
+assert sys.platform != "win32"  # whoever imports this has refused Windows
+
 import os
 import signal
 import socket
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path

@@ -10,6 +10,10 @@ runs as an account that owns nothing.
 
 from __future__ import annotations
 
+import sys
+
+assert sys.platform != "win32"  # whoever imports this has refused Windows
+
 import importlib.util
 import os
 import re
