@@ -49,6 +49,7 @@ from dblock.protocol import (
 _LOCK_NOT_AVAILABLE = "55P03"
 _DEADLOCK_DETECTED = "40P01"
 _NO_SUCH_SAVEPOINT = "3B001"
+_QUERY_CANCELED = "57014"
 
 _LABEL_BYTES = 63  # application_name
 _TIME_WIDTH = 10  # of an epoch in seconds, until the year 2286
@@ -219,20 +220,34 @@ class AdvisoryLock:
     def release(self, granted: Granted) -> Steps[bool]:
         if self.wish.in_transaction:
             return (yield from self.check(granted))
-        given_back = None
         self._application_name = granted.before
         try:
             *given_back, _ = yield _release(self._names, granted)
             self.may_hold = False
+        except DatabaseError as error:
+            # Whether it was done before it failed, nobody said. A lock that is still there was not lost; and what is
+            # the lock's own session, nobody else gives anything back in.
+            if error.sqlstate != _QUERY_CANCELED:
+                raise
+            given_back = [(yield from self.check(granted)) or not self._surroundings.borrowed]
         finally:
             if self.may_hold:
-                # Whether it was done before it failed, nobody said.
                 yield from self._undo()
         return all(given_back)
 
     def check(self, granted: Granted) -> Steps[bool]:
         keys = [self._names.key, *(self._names.permits[granted.slot :][:1] if granted.slot is not None else ())]
-        (held,) = yield self._surroundings.errand("SELECT " + " AND ".join(map(_own_lock, keys)))
+        question = self._surroundings.errand("SELECT " + " AND ".join(map(_own_lock, keys)))
+        try:
+            (held,) = yield question
+        except DatabaseError as error:
+            if error.sqlstate != _QUERY_CANCELED:
+                raise
+            # Who cancels wants to break off the work, and cannot mean this.
+            if message := self._surroundings.reopening():
+                with suppress(DatabaseError):  # the transaction failed before there was a savepoint
+                    yield message
+            (held,) = yield question
         return bool(held)
 
     def look(self) -> Steps[Look]:

@@ -6,6 +6,7 @@ or the text is never sent. Aimed tries find some of these moments (``test_races.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -16,9 +17,9 @@ from psycopg.pq import TransactionStatus
 import dblock
 from dblock.driver_psycopg import PsycopgSession
 from dblock.errors import DatabaseError
-from dblock.protocol import Busy, Conditions, Granted, Row, Wish, acquire_all
+from dblock.protocol import Busy, Conditions, Granted, Row, Wish, acquire_all, release_all
 from dblock.session import Loan
-from tests.support import wait_until
+from tests.support import rounds, wait_until
 
 Connection = psycopg.Connection[Any]
 
@@ -34,19 +35,22 @@ MOST_MESSAGES = 12
 class Failing(PsycopgSession):
     """A session one of whose messages fails: the so-and-so-many-th, before or after the server had it."""
 
-    def __init__(self, connection: Connection, loan: Loan | None, fails: int, *, sent: bool) -> None:
+    def __init__(
+        self, connection: Connection, loan: Loan | None, fails: int, *, sent: bool, sqlstate: str | None = None
+    ) -> None:
         super().__init__(connection, loan)
         self._fails = fails
         self._sent = sent
+        self._sqlstate = sqlstate
         self.said = 0
 
     def rows(self, text: str) -> list[Row]:
         self.said += 1
         if self.said == self._fails and not self._sent:
-            raise DatabaseError("never sent")
+            raise DatabaseError("never sent", self._sqlstate)
         rows = super().rows(text)
         if self.said == self._fails:
-            raise DatabaseError("the reply is lost")
+            raise DatabaseError("the reply is lost", self._sqlstate)
         return rows
 
 
@@ -136,3 +140,39 @@ def one_try(url: str, wish: Wish, timeout: float, situation: Situation) -> tuple
             assert connection.execute("SHOW idle_in_transaction_session_timeout").fetchone() == ("50s",)
             assert connection.execute("SHOW search_path").fetchone() == ('"$user", public',)
         return type(outcome).__name__, session.said
+
+
+CANCELED = "57014"
+
+
+@pytest.mark.parametrize("sent", [False, True], ids=["never sent", "reply lost"])
+@pytest.mark.parametrize("own", [True, False], ids=["own", "caller's"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_cancelled_release_loses_nothing(url: str, shape: str, own: bool, sent: bool) -> None:
+    """What is still there after somebody's cancel was held to the end; on the caller's session others could release."""
+    with psycopg.connect(url, autocommit=True) as connection, psycopg.connect(url) as observer:
+        loan = None if own else Loan(connection, False, rollback=connection.rollback)
+        session = Failing(connection, loan, 0, sent=sent, sqlstate=CANCELED)
+        holds = session.run(acquire_all([session.lock(SHAPES[shape])], Conditions(), 0, None))
+        assert not isinstance(holds, Busy)
+        session._fails = session.said + 1
+        assert bool(session.run(release_all(holds))) == (sent and not own)
+        assert not connection.closed
+        assert held_by(observer, connection.info.backend_pid) == []
+
+
+@pytest.mark.parametrize("in_transaction", [False, True], ids=["own", "transaction"])
+def test_a_cancel_that_really_meets_the_release(url: str, in_transaction: bool) -> None:
+    """The lock was not lost. The transaction goes on, unless the cancel came before its savepoint."""
+    with psycopg.connect(url, autocommit=True) as admin, psycopg.connect(url) as connection:
+        scope: Any = "transaction" if in_transaction else "session"
+        for _ in range(rounds(100)):
+            lock = dblock.lock(connection if in_transaction else url, target="web-01", step="b", scope=scope)
+            lock.acquire()
+            (pid,) = admin.execute("SELECT pid FROM pg_locks WHERE locktype = 'advisory'").fetchone() or (0,)
+            canceling = threading.Thread(target=admin.execute, args=("SELECT pg_cancel_backend(%s)", (pid,)))
+            canceling.start()
+            lock.release()
+            canceling.join()
+            connection.rollback()
+            assert held_by(admin, pid) == []
