@@ -215,9 +215,17 @@ class Witness:
             wait_until(lambda: self.rows() == [], f"no lock, ticket or flag to be left after {reported!r}")
         assert self.rows() == [], reported
 
-    def both_happened(self) -> None:
-        assert len(self.tally) == 2, self.tally
-        assert min(self.tally.values()) >= LEAST_SHARE * sum(self.tally.values()), self.tally
+    def tries(self, number: int) -> Iterator[int]:
+        """So many, and on a machine that is too busy to be aimed at, so many more, until both outcomes happened."""
+        for _ in range(5):
+            self.tally.clear()
+            yield from range(number)
+            if self._both():
+                return
+        pytest.fail(f"the aim is off: {self.tally}")
+
+    def _both(self) -> bool:
+        return len(self.tally) == 2 and min(self.tally.values()) >= LEAST_SHARE * sum(self.tally.values())
 
 
 @pytest.fixture
@@ -247,7 +255,7 @@ def absorb_late_cancel(connection: Connection) -> None:
 def race_timeout(caller: Caller, holder: Holder, witness: Witness, tries: int) -> None:
     """The holder's release is aimed at the end of the caller's time."""
     aim = Aim(3000, spread=400, step=60)
-    for _ in range(tries):
+    for _ in witness.tries(tries):
         holder.hold()
         holder.begin(NOTHING, max(0, aim.next()), UNLOCK)
         reported = report(caller, TIMEOUT_SECONDS)
@@ -255,13 +263,12 @@ def race_timeout(caller: Caller, holder: Holder, witness: Witness, tries: int) -
         aim.learn(too_late=reported == NOT_HELD)
         assert reported in (HELD, NOT_HELD)
         witness.check(caller, reported)
-    witness.both_happened()
 
 
 def race_cancel(caller: Caller, holder: Holder, witness: Witness, tries: int) -> None:
     """A cancel is aimed at the grant: the holder's session releases, and sooner or later cancels the waiter."""
     aim = Aim(0, spread=150, step=15)
-    for _ in range(tries):
+    for _ in witness.tries(tries):
         later = aim.next()
         holder.hold()
         if later > 0:
@@ -275,7 +282,6 @@ def race_cancel(caller: Caller, holder: Holder, witness: Witness, tries: int) ->
         aim.learn(too_late=reported == HELD)
         assert reported in (HELD, CANCELLED)
         witness.check(caller, reported)
-    witness.both_happened()
 
 
 def test_timeout_meets_grant(one_session: OneSession, holder: Holder, witness: Witness) -> None:
@@ -304,7 +310,7 @@ def test_the_drivers_cancel_meets_grant(public_lock: PublicLock, holder: Holder,
         public_lock.connection.cancel_safe()
 
     with ThreadPoolExecutor() as pool:
-        for _ in range(rounds(100)):
+        for _ in witness.tries(rounds(100)):
             holder.hold()
             cancelled = pool.submit(cancel_when_waiting)
             reported = report(public_lock, None)
@@ -315,4 +321,3 @@ def test_the_drivers_cancel_meets_grant(public_lock: PublicLock, holder: Holder,
             aim.learn(too_late=reported == CANCELLED)  # here the moment is that of the release
             assert reported in (HELD, CANCELLED)
             witness.check(public_lock, reported)
-    witness.both_happened()
