@@ -128,7 +128,7 @@ def printable(text: str) -> str:
 
     So is the second of two ``#``: Octopus Deploy acts on ``##octopus``, wherever it stands in what a step prints.
     """
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return re.sub("(?<=#)#", r"\\x23", shown)
 
 

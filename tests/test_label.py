@@ -13,7 +13,7 @@ import pytest
 
 import dblock
 from dblock import protocol
-from dblock.label import Label, fields, parse, printable
+from dblock.label import Label, comment, fields, parse, printable, read_comment
 from dblock.postgres import LockNames
 from tests.doors import SQL, Wish, set_wishes
 from tests.support import wait_until
@@ -35,6 +35,8 @@ EXACT = {
     "what needs no encoding": ("AZaz09", "a.b_c-d", "0", "AZaz09 a.b_c-d 0"),
     "the tilde is the mark of what is shortened": ("~", "a~", "~b~", "%7E a%7E %7Eb%7E"),
     "the percent sign": ("100%", "%41", "%", "100%25 %2541 %25"),
+    "a capital X": ("X", "XX", "aX", "X XX aX"),
+    "X and slash": ("X/", "/X", "X", "X%2F %2FX X"),
     "space and slash": ("a b", "c/d", "e+f", "a%20b c%2Fd e%2Bf"),
     "control characters": ("\0\n", "x", "\x7f\x1b", "%00%0A x %7F%1B"),
     "two, three and four bytes": ("é", "€", "🙂", "%C3%A9 %E2%82%AC %F0%9F%99%82"),
@@ -186,6 +188,9 @@ def test_a_label_may_name_what_it_kept_of_the_names() -> None:
     assert cut.may_name("web-01", "bé")
     assert not cut.may_name("wob-01", "bé")
     assert not cut.may_name("web-01", "cé")
+    assert Label(False, 0, None, "~", "X~").may_name("anything", "Xylophone")
+    assert not Label(False, 0, None, "webX~", "b").may_name("web-01", "b")
+    assert not Label(False, 0, None, "web0~", "b").may_name("web-01", "b")
 
 
 @pytest.mark.parametrize(("text", "shown"), [
@@ -202,6 +207,48 @@ def test_a_label_may_name_what_it_kept_of_the_names() -> None:
 ])  # fmt: skip
 def test_printable(text: str, shown: str) -> None:
     assert printable(text) == shown
+
+
+# --- what is told beside it -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("more", "written"), [
+    ({}, ""),
+    ({"b": "2", "a": "1"}, "a='1',b='2'"),
+    ({"link": "https://x/#/t?a=b&c='d'*/"}, "link='https%3A%2F%2Fx%2F%23%2Ft%3Fa%3Db%26c%3D%27d%27%2A%2F'"),
+    ({"a.b_c-D9": "é ~X/"}, "a.b_c-D9='%C3%A9%20~X%2F'"),
+    ({"x": "\ud800"}, "x='%3F'"),
+])  # fmt: skip
+def test_comment(more: dict[str, str], written: str) -> None:
+    assert comment(more) == written
+    back = {name: value.replace("\ud800", "?") for name, value in more.items()}
+    assert read_comment(f"/*{written}*/ SELECT 1") == back
+    assert read_comment(f"dblock {written}") == back
+
+
+@pytest.mark.parametrize(("more", "kind", "why"), [
+    ({"a b": "1"}, ValueError, "label has the name 'a b': letters, digits and _ . - are allowed, at most 64"),
+    ({"": "1"}, ValueError, "label has the name ''"),
+    ({"n" * 65: "1"}, ValueError, "label has the name"),
+    ({"a": 1}, TypeError, "label must be a mapping of str to str"),
+    ({1: "a"}, TypeError, "label must be a mapping of str to str"),
+    ({"a": "x" * 397}, ValueError, "label has 401 bytes, encoded; at most 400 are allowed"),
+])  # fmt: skip
+def test_what_is_no_comment(more: Any, kind: type[Exception], why: str) -> None:
+    with pytest.raises(kind, match=f"^{re.escape(why)}"):
+        comment(more)
+
+
+def test_a_comment_may_have_400_bytes() -> None:
+    assert len(comment({"a": "x" * 396})) == 400
+    assert comment({"n" * 64: "1"}) == f"{'n' * 64}='1'"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "SELECT 1", "SELECT 1 /*a='1'*/", "/*a=1*/", "x dblock a='1'", "/* a='1'*/", "/*a='\"'*/"]
+)
+def test_what_is_no_comment_of_ours(text: str) -> None:
+    assert read_comment(text) == {}
 
 
 # --- the script makes the same one ------------------------------------------------------------------------------------

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import dblock
+from dblock.names import permits as permits_of
 
 VECTORS: dict[str, Any] = json.loads(Path(__file__).with_name("key-vectors.json").read_text("utf-8"))
 NAME = "web-01"
@@ -34,13 +34,16 @@ def test_key(vector: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("vector", VECTORS["keys"], ids=short)
-def test_permits_extend_the_same_preimage(vector: dict[str, Any]) -> None:
-    """Locks with several slots are to come; their keys are pinned by what the key of the lock itself is made of."""
-    preimage = vector["target"].encode() + b"\x1f" + vector["step"].encode()
-    permits = {None: vector["key"], **vector["slots"]}
-    for number, key in permits.items():
-        digest = sha256(preimage + (b"" if number is None else b"\x1f" + number.encode())).digest()
-        assert int.from_bytes(digest[:8], "big", signed=True) == key
+def test_permits(vector: dict[str, Any]) -> None:
+    permits = permits_of(vector["target"], vector["step"], 11)
+    assert len(permits) == 11
+    assert {number: permits[int(number)].value for number in vector["slots"]} == vector["slots"]
+
+
+@pytest.mark.parametrize(("target", "step", "argument"), [("", "b", "target"), ("web-01", " b", "step")])
+def test_a_name_that_is_none_has_no_permits(target: str, step: str, argument: str) -> None:
+    with pytest.raises(ValueError, match=f"^{argument} "):
+        permits_of(target, step, 1)
 
 
 def test_every_name_has_a_key_of_its_own() -> None:
