@@ -3,6 +3,14 @@ set -euo pipefail
 
 parameter() { get_octopusvariable "Dblock.$1"; }
 
+for name in Target Step; do
+    case $(parameter "$name") in
+    '' | *'#''{'*) # Octopus leaves a variable that it does not know as it is written, for all steps alike
+        echo "Dblock.$name is empty, or a variable that Octopus does not know in this step: there is nothing to lock"
+        exit 1 ;;
+    esac
+done
+
 if ! command -v dblock >/dev/null; then
     echo "dblock is not installed here. For the python3 of this machine: pip install 'dblock[postgres]', or 'dblock[mssql]'"
     exit 1

@@ -4,6 +4,7 @@ $ErrorActionPreference = 'Stop'
 
 function Parameter([string] $name) { [string] $OctopusParameters["Dblock.$name"] }
 function Quoted([string] $text) { "N'" + $text.Replace("'", "''") + "'" }
+function Value([string] $text) { '"' + $text.Replace('"', '""') + '"' }
 
 foreach ($name in 'Target', 'Step') {
     $value = Parameter $name
@@ -25,13 +26,36 @@ $release = @'
 {{sql/mssql/release.sql}}
 '@
 
-$connection = @{ ServerInstance = (Parameter 'Server'); Database = (Parameter 'Database') }
-if (Parameter 'User') {
-    $connection.Username = Parameter 'User'
-    $connection.Password = Parameter 'Password'
-}
+# Of two settings of one name the later one counts. A driver that connects anew by itself would go on in another session,
+# without the lock, and a pool would keep the session, with the lock.
+$login = 'Integrated Security=True'
+if (Parameter 'User') { $login = "User ID=$(Value (Parameter 'User'));Password=$(Value (Parameter 'Password'))" }
+$connection = @(
+    "Server=$(Value (Parameter 'Server'));Database=$(Value (Parameter 'Database'))"
+    $login
+    Parameter 'Options'
+    'ConnectRetryCount=0;Pooling=False'
+) -join ';'
 
 # All of it in one session, which acquire.sql closes where it fails; the first error ends the call too. No time limit of the
-# module's: a wait may be long. $(...) in the step's text is the step's own.
+# module's: a wait may be long. $(...) in the step's text is the step's own. What the server says beside the rows comes as
+# verbose records; whoever waits says so at the level that Octopus has for that.
 $batches = ($wishes -join "`n"), $acquire, (Parameter 'Script'), $release
-Invoke-Sqlcmd @connection -AbortOnError -DisableVariables -Query ($batches -join "`nGO`n")
+try {
+    Invoke-Sqlcmd -ConnectionString $connection -AbortOnError -DisableVariables -Verbose -Query ($batches -join "`nGO`n") 4>&1 |
+        ForEach-Object {
+            if ($_ -isnot [Management.Automation.VerboseRecord]) { $_ }
+            elseif ($_.Message.StartsWith('dblock: waiting for ')) {
+                Write-Host ('##octopus[stdout-wait]', $_.Message, '##octopus[stdout-default]' -join "`n")
+            }
+            else { Write-Host $_.Message }
+        }
+}
+catch {
+    $said = ($_.Exception.Message -split '\r?\n')[0]
+    if ($said.StartsWith('dblock: ')) {
+        $encoded = [Convert]::ToBase64String([Text.Encoding]::UTF8.GetBytes($said))
+        Write-Host "##octopus[resultMessage message='$encoded']"
+    }
+    throw $_
+}

@@ -1,23 +1,28 @@
 """The step templates for Octopus Deploy: their form, and their bash scripts as steps on a real server.
 
-No PowerShell is to be had for these tests: of its two templates the form is tested here, and the T-SQL that one of them
-sends in the tests of the raw scripts. That they run in an agent's PowerShell, and SQL Server's module with them, only
-those can prove.
+No PowerShell is to be had for these tests: a grammar reads the scripts of its two templates here, and the T-SQL that
+one of them sends is tested with the raw scripts. That they run in an agent's PowerShell, and SQL Server's module with
+them, only those can prove.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import psycopg
 import pytest
+import tree_sitter
+import tree_sitter_powershell
 
 import dblock
 from octopus.pack import TEMPLATES, packed
@@ -115,6 +120,29 @@ def test_bash_can_read_it(name: str) -> None:
     subprocess.run(["bash", "-n"], input=body(name), text=True, check=True)
 
 
+@pytest.mark.parametrize("name", ["run-powershell", "sql-server"])
+def test_a_grammar_of_powershell_can_read_it(name: str) -> None:
+    parser = tree_sitter.Parser(tree_sitter.Language(tree_sitter_powershell.language()))
+    assert not parser.parse(body(name).encode()).root_node.has_error
+    slip = body(name).replace(") {", " {", 1)
+    assert parser.parse(slip.encode()).root_node.has_error
+
+
+def test_nothing_given_lets_the_driver_of_sql_server_connect_anew() -> None:
+    """In another session the rest of the step would run without the lock."""
+    parts = re.findall(r"^\$connection = @\((.*?)^\) -join ';'$", body("sql-server"), re.MULTILINE | re.DOTALL)
+    assert parts[0].split("\n")[-3:-1] == ["    Parameter 'Options'", "    'ConnectRetryCount=0;Pooling=False'"]
+
+
+def test_a_script_of_powershell_runs_as_octopus_runs_it() -> None:
+    """That stops at the first error, and takes the last program's exit code; a plain -File would do neither."""
+    (run,) = re.findall(r"^\$run = '(.*)'$", body("run-powershell"), re.MULTILINE)
+    stops, runs, ends = run.replace("''", "'").split("; ", 2)
+    assert stops == "$ErrorActionPreference = 'Stop'"
+    assert runs == ". $env:DBLOCK_SCRIPT"
+    assert ends == "if (Test-Path variable:global:LASTEXITCODE) { exit $LASTEXITCODE }"
+
+
 # --- the bash scripts, as steps ---------------------------------------------------------------------------------------
 
 
@@ -134,7 +162,7 @@ class Deployment:
         self._parts, self._folder, self._role = urlsplit(url), folder, role
         self._number = 0
 
-    def start(self, name: str, script: str, **more: str) -> Step:
+    def start(self, name: str, script: str, environment: Mapping[str, str] | None = None, **more: str) -> Step:
         parts = self._parts
         server = f"{parts.hostname}:{parts.port}{parts.path}"
         given = {
@@ -148,10 +176,11 @@ class Deployment:
         self._number += 1
         folder = self._folder / str(self._number)
         folder.mkdir()
-        return Step(folder, bash_step(folder, body(name), variables | {"Octopus.Deployment.Id": "Deployments-7"}))
+        command = bash_step(folder, body(name), variables | {"Octopus.Deployment.Id": "Deployments-7"})
+        return Step(folder, command, **(environment or {}))
 
-    def run(self, name: str, script: str, **more: str) -> Done:
-        return self.start(name, script, **more).finish()
+    def run(self, name: str, script: str, environment: Mapping[str, str] | None = None, **more: str) -> Done:
+        return self.start(name, script, environment, **more).finish()
 
 
 @pytest.fixture
@@ -160,6 +189,7 @@ def deployment(postgres: Postgres, tmp_path: Path, role: str) -> Deployment:
 
 
 INSIDE = {"run-bash": "echo it has run", "postgresql": r"SELECT 'it has run' \g (format=unaligned tuples_only=on)"}
+LASTING = {"run-bash": "sleep 60", "postgresql": "SELECT pg_sleep(60);"}
 BASH = pytest.mark.parametrize("name", INSIDE)
 
 
@@ -174,6 +204,34 @@ def test_it_runs_under_the_lock(postgres: Postgres, deployment: Deployment, name
     assert "it has run" in done.log.at("default")
     assert any("waiting for b@web-01" in line for line in done.log.at("wait"))
     assert postgres.all_rows() == []
+
+
+@BASH
+def test_others_wait_for_it_and_a_cancelled_task_leaves_nothing_in_their_way(
+    postgres: Postgres, deployment: Deployment, name: str
+) -> None:
+    """Octopus kills all processes of a cancelled task at once, and none of them can act upon that."""
+    step = deployment.start(name, LASTING[name])
+    wait_until(postgres.holders, "the holder")
+    other = dblock.lock(postgres.url, target="web-01", step="b", tenant="T1")
+    assert not other.acquire(timeout=0)
+    for pid in descendants(step.process.pid):
+        with suppress(ProcessLookupError):  # it has ended with its parent
+            os.kill(pid, signal.SIGKILL)
+    assert other.acquire(timeout=30)
+    other.release()
+    assert step.finish().code == -signal.SIGKILL
+    assert deployment.run(name, INSIDE[name], Timeout="0").code == 0
+
+
+def descendants(ancestor: int) -> list[int]:
+    """The process and all that it has started, parents first."""
+    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    parents = {int(pid): int(parent) for pid, parent in map(str.split, listed.splitlines())}
+    found = [ancestor]
+    for pid in found:
+        found += [child for child, parent in parents.items() if parent == pid]
+    return found
 
 
 @BASH
@@ -202,16 +260,18 @@ def test_not_in_time(postgres: Postgres, deployment: Deployment, name: str) -> N
 @BASH
 @pytest.mark.parametrize("missing", ["Target", "Step"])
 @pytest.mark.parametrize("value", ["", "#{Octopus.Machine.Name}"])
-def test_no_name_no_step(deployment: Deployment, name: str, missing: str, value: str) -> None:
-    done = deployment.run(name, INSIDE[name], **{missing: value})
-    assert done.code != 0
+@pytest.mark.parametrize("home", ["/home/octopus/.octopus", ""])
+def test_no_name_no_step(deployment: Deployment, name: str, missing: str, value: str, home: str) -> None:
+    """Also where nothing tells `dblock run` that it is in a step."""
+    done = deployment.run(name, INSIDE[name], {"TentacleHome": home}, **{missing: value})
+    assert done.code == 1
+    assert f"Dblock.{missing} is empty, or a variable that Octopus does not know" in done.output
     assert "it has run" not in done.output
 
 
 @BASH
 def test_untenanted(postgres: Postgres, deployment: Deployment, name: str) -> None:
-    inside = {"run-bash": "sleep 60", "postgresql": "SELECT pg_sleep(60);"}
-    step = deployment.start(name, inside[name], Tenant="")
+    step = deployment.start(name, LASTING[name], Tenant="")
     wait_until(postgres.holders, "the holder")
     (label,) = {row.label for row, _ in postgres.all_rows()}
     assert label == "dblock1 T - web-01 b"
@@ -237,8 +297,7 @@ def test_hostile_names_are_names(postgres: Postgres, deployment: Deployment, nam
 
 @BASH
 def test_nobody_sees_the_password(postgres: Postgres, deployment: Deployment, name: str) -> None:
-    inside = {"run-bash": "sleep 60", "postgresql": "SELECT pg_sleep(60);"}
-    step = deployment.start(name, inside[name])
+    step = deployment.start(name, LASTING[name])
     wait_until(postgres.holders, "the holder")
     seen = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     postgres.end(postgres.holders()[0])
