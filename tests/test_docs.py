@@ -18,6 +18,7 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 import dblock
+from dblock import label
 from dblock.doctor import examine
 from tests.backends import Postgres
 from tests.doors import SQL
@@ -32,6 +33,26 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(
         rf"^```{language}\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
     )
+
+
+# --- contract.md ------------------------------------------------------------------------------------------------------
+
+
+def test_the_contracts_key_is_what_the_server_shows(postgres: Postgres, url: str) -> None:
+    (typed,) = blocks("contract.md", "console")
+    (shown,) = blocks("contract.md", "sql")
+    command, _, answer = typed.removeprefix("$ ").partition("\n")
+    done = subprocess.run([sys.executable, "-m", *command.split()], capture_output=True, text=True, check=True)
+    assert done.stdout == answer
+    with dblock.lock(url, target="web-01", step="b"), psycopg.connect(url) as looking:
+        assert looking.execute(shown).fetchall() == [(dblock.key("web-01", "b").value,)]
+
+
+def test_the_contracts_labels_can_be_read() -> None:
+    page = (DOCS / "contract.md").read_text(encoding="utf-8")
+    holds, waits = (label.parse(text.split("   ")[0]) for text in re.findall(r"^    (dblock1 .*)$", page, re.MULTILINE))
+    assert holds == label.Label(waiting=False, time=1795526014, tenant="T1", target="web-01", step="b")
+    assert waits == label.Label(waiting=True, time=1795526014, tenant="T2", target="web-01", step="b")
 
 
 # --- fencing.md -------------------------------------------------------------------------------------------------------

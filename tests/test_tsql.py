@@ -17,7 +17,9 @@ from dblock import mssql
 from dblock.errors import DatabaseError
 from dblock.protocol import Conditions, Granted, Wait, Wish
 
-SCRIPTS = sorted((Path(__file__).parent.parent / "sql" / "mssql").glob("*.sql"))
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted((ROOT / "sql" / "mssql").glob("*.sql"))
+PAGES = ["README.md", "docs/contract.md", "docs/fencing.md", "docs/sql.md"]
 EXCLUSIVE = Wish(dblock.key("O'Brien", "b"), "O'Brien", "b", "T1 'x' --")
 SLOTS = replace(EXCLUSIVE, slots=2)
 IN_TRANSACTION = replace(SLOTS, in_transaction=True)
@@ -72,6 +74,14 @@ def faults(text: str) -> list[str]:
 @pytest.mark.parametrize("statement", STATEMENTS)
 def test_statements_of_python_parse(statement: str) -> None:
     assert faults(STATEMENTS[statement]) == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_the_pages_show_parses(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    shown = re.findall(r"^```tsql\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert shown
+    assert [fault for statements in shown for fault in faults(statements)] == []
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
