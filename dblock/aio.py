@@ -241,17 +241,12 @@ class _Watch:
         await until_done(self._task, on_cancel=lambda: None)
 
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
         try:
             while not self._stopped:
-                loop.add_reader(self._socket, self._news.set)
-                try:
-                    await asyncio.wait_for(self._news.wait(), self._heartbeat)
-                except asyncio.TimeoutError:
-                    still = await self._held()
-                else:
-                    loop.remove_reader(self._socket)  # or it would call again and again
+                if await self._is_news():
                     still = self._stopped or self._alive()
+                else:
+                    still = await self._held()
                 if not still:
                     return
                 if self._news.is_set() and not self._stopped:
@@ -259,5 +254,29 @@ class _Watch:
                     if has_input(self._socket.fileno()):
                         await asyncio.sleep(PAUSE_SECONDS)
         finally:
-            loop.remove_reader(self._socket)
             self._socket.close()
+
+    async def _is_news(self) -> bool:
+        """Wait for news. False: a heartbeat is over without any."""
+        loop = asyncio.get_running_loop()
+        asking: asyncio.Task[None] | None = None
+        try:
+            loop.add_reader(self._socket, self._news.set)
+        except NotImplementedError:  # Windows' own loop, on which SQL Server's threads get along
+            asking = asyncio.create_task(self._ask_for_news())
+        try:
+            await asyncio.wait_for(self._news.wait(), self._heartbeat)
+        except asyncio.TimeoutError:
+            return False
+        finally:
+            # Or it would call again and again.
+            if asking:
+                asking.cancel()
+            else:
+                loop.remove_reader(self._socket)
+        return True
+
+    async def _ask_for_news(self) -> None:
+        while not has_input(self._socket.fileno()):
+            await asyncio.sleep(PAUSE_SECONDS)
+        self._news.set()

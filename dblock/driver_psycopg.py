@@ -198,6 +198,7 @@ async def connect_async(conninfo: str, program: str = "") -> AsyncSession:  # no
     import_driver("psycopg", "postgres")
     import psycopg
 
+    _refuse_proactor()
     readable, password = _checked(conninfo)
     try:
         session = AsyncPsycopgSession(
@@ -207,6 +208,18 @@ async def connect_async(conninfo: str, program: str = "") -> AsyncSession:  # no
         raise _not_connected(error, password) from None
     session.fresh = True
     return session
+
+
+def _refuse_proactor() -> None:
+    """Windows' own event loop cannot wait for psycopg's sockets: say what to do, whatever release of psycopg it is."""
+    import asyncio
+
+    if isinstance(asyncio.get_running_loop(), getattr(asyncio, "ProactorEventLoop", ())):
+        raise DatabaseError(
+            "psycopg cannot wait on the ProactorEventLoop, which asyncio has on Windows: use "
+            "asyncio.run(…, loop_factory=asyncio.SelectorEventLoop), or before Python 3.12 call "
+            "asyncio.set_event_loop_policy(asyncio.WindowsSelectorEventLoopPolicy()) first"
+        )
 
 
 def adopt(connection: psycopg.Connection[Any]) -> Session:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -18,7 +19,12 @@ def say(message: str) -> None:
     # Past Python's buffer, in one write: lines of several processes do not mix, and where nobody reads stderr any
     # more nothing is left over that would change the exit code.
     with suppress(OSError):
-        os.write(STDERR, line.encode(errors="backslashreplace"))
+        if sys.platform == "win32" and sys.stderr is not None:
+            # Only Python knows the console's letters; it shows those that a code page lacks as numbers.
+            sys.stderr.write(line)
+            sys.stderr.flush()
+        else:
+            os.write(STDERR, line.encode(errors="backslashreplace"))
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:

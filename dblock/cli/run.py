@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import signal
 import sys
 from typing import Any
 
 import dblock
 from dblock import octopus
 from dblock.cli import options
+from dblock.cli.command import CommandNotStarted, Ended, Interrupted, signal_name
 from dblock.cli.messages import LogHandler, say
 
 _DESCRIPTION = """\
@@ -21,7 +21,8 @@ The command runs without a shell, in a process group of its own. Signals (INT, T
 of the group; while the lock is waited for they end the wait. Should dblock run itself be killed, the whole group is
 killed before the lock is free. Where the lock is lost, the group gets TERM, and KILL after --grace. Processes that
 leave the group (setsid, daemons) are not ended, and those that the command leaves behind when it ends go on without
-the lock.
+the lock. On Windows it is a job object in place of the group, Ctrl-C and Ctrl-Break reach it as Ctrl-Break, and so does
+the loss of the lock.
 
 The command finds DBLOCK_HELD=1, DBLOCK_KEY, DBLOCK_TARGET, DBLOCK_STEP, DBLOCK_TENANT (empty where none is given) and
 DBLOCK_SLOT (empty without --slots) in its environment, and does not find DBLOCK_URL. Where there are several targets,
@@ -119,11 +120,11 @@ def handle(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace, kind_of_lock: type[dblock.Lock]) -> int:
     if sys.platform == "win32":
-        raise options.UsageError(
-            "dblock run needs the process groups of Unix; on Windows use dblock from Python, or the SQL scripts"
-        )
-    # Signals and process groups, which not every system has.
-    from dblock.cli import process, watcher
+        from dblock.cli import windows as process
+        from dblock.cli.windows_watcher import Watcher
+    else:
+        from dblock.cli import process
+        from dblock.cli.watcher import Watcher
 
     if not args.command or not args.command[0]:
         raise options.UsageError("no command: write it after -- (see dblock run --help)")
@@ -145,31 +146,30 @@ def _run(args: argparse.Namespace, kind_of_lock: type[dblock.Lock]) -> int:
         watched=False,  # the loop that waits for the command does that: no thread lives where it is forked off
         grace=args.grace,
     )
-    code: int | None = None
+    ended: Ended | None = None
     with process.Signals() as signals:
         try:
             with lock:
                 signals.interrupting = False
-                with watcher.Watcher(lock.fileno()) as watching:
+                with Watcher(lock.fileno()) as watching:
                     environment = _environment(lock, tenant, url if args.pass_url else None)
-                    code = process.run(args.command, environment, signals, watching, lock, grace=args.grace)
+                    ended = process.run(args.command, environment, signals, watching, lock, grace=args.grace)
                 # What hangs now is the giving back, and it may be left to the end of the connection.
                 signals.interrupting = True
         except dblock.LockLost as lost:
-            raise dblock.LockLost(f"{lost}; {_outcome(code)}") from lost
-        except process.CommandNotStarted as error:
+            raise dblock.LockLost(f"{lost}; {ended or 'the command was not run'}") from lost
+        except CommandNotStarted as error:
             say(f"{error}; the command was not run")
             return error.exit_code
-        except process.Interrupted as interrupted:
-            name = _signal_name(interrupted.number)
-            if code is None:
+        except Interrupted as interrupted:
+            name = signal_name(interrupted.number)
+            if ended is None:
                 say(f"interrupted by {name} before the command was run; the lock is not held")
                 return 128 + interrupted.number
             say(f"interrupted by {name} while giving the lock back; the server does so at the connection's end")
-    if code < 0:
-        say(_outcome(code))
-        return 128 - code
-    return code
+    if ended.by:
+        say(str(ended))
+    return ended.exit_code
 
 
 def _environment(lock: dblock.Lock, tenant: str | None, url: str | None) -> dict[str, str]:
@@ -184,21 +184,6 @@ def _environment(lock: dblock.Lock, tenant: str | None, url: str | None) -> dict
         "DBLOCK_SLOT": "\n".join(map(str, lock.slots)),
     }
     return environment if url is None else environment | {"DBLOCK_URL": url}
-
-
-def _outcome(code: int | None) -> str:
-    if code is None:
-        return "the command was not run"
-    if code < 0:
-        return f"the command was ended by {_signal_name(-code)}"
-    return f"the command ended with exit code {code}"
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # most of the real-time signals have no name
-        return f"signal {number}"
 
 
 def _duration(text: str) -> float:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 
-assert sys.platform != "win32"  # whoever imports this has refused Windows
+assert sys.platform != "win32"  # there windows_watcher.py does this
 
 import os
 import signal
