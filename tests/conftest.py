@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from dblock.demo.server import find_binaries, postgres_server
 from tests import backends
 from tests.backends import Backend, Postgres, SqlServer
 from tests.support import wait_until
@@ -26,7 +25,10 @@ def url() -> Iterator[str]:
     given = os.environ.get("DBLOCK_TEST_POSTGRES_URL")
     if given:
         yield given
-    elif find_binaries():
+        return
+    from dblock.demo.server import find_binaries, postgres_server  # for Unix
+
+    if find_binaries():
         with postgres_server() as server:
             yield server.url
     else:
