@@ -65,7 +65,7 @@ def alock(
         allow_session_pooler: …
 
     Returns:
-        A lock that is not held yet: use it with ``async with``, as a decorator of a coroutine function, or through
+        A lock that is not held yet, to be used with ``async with``, as a decorator of a coroutine function, or through
         `AsyncLock.acquire`.
 
     Raises:
@@ -89,11 +89,14 @@ def alock(
 
 
 class AsyncLock(Life[AsyncSession]):
-    """One lock, in the hand of one caller. Made by `dblock.alock`; `dblock.lock.Lock` for asyncio.
+    """One lock, in the hand of one caller. Made by `dblock.alock`; `dblock.Lock` for asyncio.
 
     Whoever is cancelled while waiting for it does not hold it.
 
     Attributes:
+        targets: where the step runs, one or several.
+        step: what runs there.
+        tenant: for whom, or None.
         lost: an `asyncio.Event`, set when it becomes known that the lock was lost while it was held.
     """
 
@@ -105,11 +108,11 @@ class AsyncLock(Life[AsyncSession]):
         self._db = check_source(db, scope=self._scope)
 
     async def check(self) -> None:
-        """Ask the server whether the lock is still held, as `dblock.lock.Lock.check` does."""
+        """Ask the server whether the lock is still held, as `dblock.Lock.check` does."""
         await _to_its_end(self._check())
 
     async def acquire(self, timeout: float | Unset | None = UNSET) -> bool:
-        """Take the lock, and wait for it in the order of arrival, as `dblock.lock.Lock.acquire` does.
+        """Take the lock, and wait for it in the order of arrival, as `dblock.Lock.acquire` does.
 
         Raises:
             CancelledError: the task was cancelled. Nothing is held.
@@ -118,7 +121,7 @@ class AsyncLock(Life[AsyncSession]):
         return await self._or_nothing(lambda caller: self._acquire(seconds, caller)) is None
 
     async def release(self) -> None:
-        """Give the lock back, as `dblock.lock.Lock.release` does.
+        """Give the lock back, as `dblock.Lock.release` does.
 
         Raises:
             CancelledError: the task was cancelled. The lock is given back, or its connection closed.

@@ -74,7 +74,7 @@ def lock(
             (PostgreSQL).
 
     Returns:
-        A lock that is not held yet: use it as a context manager, as a decorator, or through `Lock.acquire`.
+        A lock that is not held yet, to be used as a context manager, as a decorator, or through `Lock.acquire`.
 
     Raises:
         ValueError: a name, the timeout, the shape, the scope, the heartbeat or db is not acceptable.
@@ -103,6 +103,9 @@ class Lock(Life[Session]):
     made by fork does not hold its parent's lock.
 
     Attributes:
+        targets: where the step runs, one or several.
+        step: what runs there.
+        tenant: for whom, or None.
         lost: a `threading.Event`, set when it becomes known that the lock was lost while it was held. Nothing notices
             that by itself on the caller's own connection: see `check`.
     """
@@ -131,7 +134,7 @@ class Lock(Life[Session]):
             timeout: seconds; None: without limit, 0: do not wait. Left out, the lock's own timeout.
 
         Returns:
-            True: the lock is held. False: it was not acquired in time.
+            Whether the lock is held; False says that it was not acquired in time.
 
         Raises:
             AlreadyHeld: this object or this session holds the lock already, or another thread is about to acquire it.

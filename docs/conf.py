@@ -17,6 +17,18 @@ autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 myst_heading_anchors = 3
 default_role = "py:obj"  # a name between single backticks leads to what it names, where that is public
+# A name that leads nowhere is a warning, but for types that nobody names and what is Python's own.
+nitpicky = True
+nitpick_ignore = [
+    ("py:class", "AsyncSource"),
+    ("py:class", "Scope"),
+    ("py:class", "Source"),
+    ("py:class", "dblock.life.Unset"),
+    ("py:class", "dblock.names.PostgresKey"),
+    ("py:exc", "CancelledError"),
+    ("py:obj", "asyncio.Event"),
+    ("py:obj", "threading.Event"),
+]
 suppress_warnings = ["misc.highlighting_failure"]  # a crontab has no lexer
 
 _ROOT = Path(__file__).parent.parent
@@ -34,5 +46,17 @@ def _read(app: Any, name: str, source: list[str]) -> None:  # noqa: ARG001 - as 
     source[0] = re.sub(r"\[([^]]+)\]\(\.\./([^)#]+)\)", _outside, source[0])
 
 
+def _shorten(app: Any, what: str, name: str, obj: object, options: Any, lines: list[str]) -> None:  # noqa: ARG001, PLR0917
+    """An argument whose description is an ellipsis is described where its docstring says."""
+    lines[:] = [line for line in lines if not line.endswith(": …")]
+
+
+def _sign(app: Any, what: str, name: str, obj: object, options: Any, *_: Any) -> tuple[str, str] | None:  # noqa: ARG001
+    """Nobody but dblock makes its locks: what they are made of is not told."""
+    return ("", "") if what == "class" else None
+
+
 def setup(app: Any) -> None:
     app.connect("source-read", _read)
+    app.connect("autodoc-process-docstring", _shorten, priority=100)  # before napoleon
+    app.connect("autodoc-process-signature", _sign)

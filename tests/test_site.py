@@ -118,8 +118,8 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     api = (tmp_path / "api.html").read_text(encoding="utf-8")
-    for name in ("dblock.lock", "dblock.alock", "dblock.Lock.check", "dblock.errors.LockLost", "dblock.octopus.lock"):
-        assert f'id="{name}"' in api
+    for name in (*dblock.__all__, "Lock.check", "Lock.lost", "AsyncLock.acquire", "octopus.lock"):
+        assert f'id="dblock.{name}"' in api
 
 
 def test_the_comparison_is_of_what_make_bench_measures() -> None:
