@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -259,7 +260,7 @@ def test_the_doctors_checks_are_told(postgres: Postgres, url: str) -> None:
 
 
 def test_who_watches_as_the_page_says(postgres: Postgres, url: str) -> None:
-    looking, with_psql, ending = blocks("watching.md", "sh")
+    looking, with_psql, _, ending = blocks("watching.md", "sh")
     environment = os.environ | {"DBLOCK_URL": url, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
     def run(script: str) -> subprocess.CompletedProcess[str]:
@@ -282,6 +283,27 @@ def test_who_watches_as_the_page_says(postgres: Postgres, url: str) -> None:
         assert key in by_key
         assert "4123 is not a holder's pid" in run(by_key).stderr
     assert run(for_scripts).returncode == 0
+
+
+def test_a_query_alone_shows_who_holds(postgres: Postgres, url: str) -> None:
+    (query,) = blocks("watching.md", "sql")
+    with dblock.lock(url, target="web-01", step="b", tenant="T1"), psycopg.connect(url) as looking:
+        ((_, says, granted, mode),) = looking.execute(query).fetchall()
+    assert (re.sub(r" \d+ ", " ", says), granted, mode) == ("dblock1 T1 web-01 b", True, "ExclusiveLock")
+
+
+def test_the_events_have_the_fields_of_the_page(url: str, tmp_path: Path) -> None:
+    page = (DOCS / "watching.md").read_text(encoding="utf-8")
+    _, _, happening, _ = blocks("watching.md", "sh")
+    (tmp_path / "migrate.sh").write_text("#!/bin/sh\n", encoding="utf-8")
+    (tmp_path / "migrate.sh").chmod(0o755)
+    in_a_shell(url, tmp_path, happening).check_returncode()
+    lines = (tmp_path / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["event"] for line in lines] == ["acquired", "released"]
+    table = page.partition("| field |")[2].partition("\n\n")[0]
+    fields = {name for line in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", line.split("|")[1])}
+    assert all(set(json.loads(line)) == fields for line in lines)
+    assert (tmp_path / "timeline.svg").exists()
 
 
 # --- octopus.md -------------------------------------------------------------------------------------------------------

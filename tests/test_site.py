@@ -46,7 +46,7 @@ IN_SETTINGS = {
     "fencing.md": {"python", "sql"},
     "integrations.md": {"crontab", "groovy", "python", "sh", "sql", "yaml"},
     "octopus.md": {"bash", "python"},
-    "watching.md": {"sh"},
+    "watching.md": {"sh", "sql"},
 }
 BY_SPHINX = {"{eval-rst}", "{toctree}"}
 ELSEWHERE = {

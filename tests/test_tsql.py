@@ -19,7 +19,7 @@ from dblock.protocol import Conditions, Granted, Wait, Wish
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "sql" / "mssql").glob("*.sql"))
-PAGES = ["README.md", "docs/contract.md", "docs/fencing.md", "docs/sql.md"]
+PAGES = ["README.md", "docs/contract.md", "docs/fencing.md", "docs/sql.md", "docs/watching.md"]
 EXCLUSIVE = Wish(dblock.key("O'Brien", "b"), "O'Brien", "b", "T1 'x' --")
 SLOTS = replace(EXCLUSIVE, slots=2)
 IN_TRANSACTION = replace(SLOTS, in_transaction=True)
