@@ -7,6 +7,8 @@ from importlib.metadata import version as _version
 from pathlib import Path
 from typing import Any
 
+from pygments.lexers.special import TextLexer
+
 project = "dblock"
 version = release = _version("dblock")
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
@@ -29,7 +31,6 @@ nitpick_ignore = [
     ("py:obj", "asyncio.Event"),
     ("py:obj", "threading.Event"),
 ]
-suppress_warnings = ["misc.highlighting_failure"]  # a crontab has no lexer
 
 _ROOT = Path(__file__).parent.parent
 
@@ -57,6 +58,7 @@ def _sign(app: Any, what: str, name: str, obj: object, options: Any, *_: Any) ->
 
 
 def setup(app: Any) -> None:
+    app.add_lexer("crontab", TextLexer)  # Pygments has none
     app.connect("source-read", _read)
     app.connect("autodoc-process-docstring", _shorten, priority=100)  # before napoleon
     app.connect("autodoc-process-signature", _sign)
