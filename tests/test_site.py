@@ -56,8 +56,9 @@ ELSEWHERE = {
     "CONTRIBUTING.md: DBLOCK_TEST_ROUNDS=3000": "half an hour; its files are looked up below",
     "CONTRIBUTING.md: lock.py, aio.py": "a drawing; test_layers.py",
     "CONTRIBUTING.md: events.py": "a drawing; test_layers.py",
-    "command-line.md: dblock run --target web-01 --step b --tenant T1 --timeout 10m -- powershell": "needs Windows; the "
-    "same in the one that tests/windows.py makes: test_windows_run.py",
+    "command-line.md: dblock run --target web-01 --step b --tenant T1 --timeout 10m -- powershell": (
+        "needs Windows; the same in the one that tests/windows.py makes: test_windows_run.py"
+    ),
     "contract.md: SHA-256( target in UTF-8": "a formula; test_names.py",
     "contract.md: SHA-256( target, the byte 1F, step": "a formula; test_names.py",
     "contract.md: dblock1 1795526014 T1": "read by test_docs.py",
