@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,48 @@ def test_a_database_of_its_own_for_the_locks(url: str) -> None:
         finally:
             admin.execute("DROP DATABASE IF EXISTS locks WITH (FORCE)")
             admin.execute("DROP ROLE deploy, stranger")
+
+
+# --- how-it-works.md --------------------------------------------------------------------------------------------------
+
+
+def drawn(picture: str, right_edge: int) -> set[tuple[str, str, str]]:
+    """What a picture's left half shows as held: the lock, the tenant, the kind of box."""
+    texts = re.findall(r'<text[^>]* x="([\d.]+)" y="([\d.]+)"[^>]*>([^<]+)<', picture)
+    locks = {float(y) - 4: text for x, y, text in texts if x == "24" and re.match(r"k$|\(h", text)}
+    tenants = {float(x): text for x, _, text in texts if re.match(r"T\d$", text)}
+    boxes = re.findall(r'<rect class="(holds|shared)" x="([\d.]+)" y="([\d.]+)" width="44"', picture)
+    return {(locks[float(y) + 11], tenants[float(x) + 22], kind) for kind, x, y in boxes if float(x) < right_edge}
+
+
+def test_the_queue_is_as_it_is_drawn(postgres: Postgres, url: str) -> None:
+    picture = (DOCS / "queue.svg").read_text(encoding="utf-8")
+    high = dblock.key("web-01", "b").postgres.classid
+    kinds = {"ExclusiveLock": "holds", "ShareLock": "shared"}
+
+    def held() -> set[tuple[str, str, str]]:
+        rows = observer.execute(
+            "SELECT objsubid, objid, mode, split_part(application_name, ' ', 3) FROM pg_locks JOIN pg_stat_activity"
+            " USING (pid) WHERE granted AND locktype = 'advisory' AND classid = %s",
+            (high,),
+        ).fetchall()
+        return {("k" if form == 1 else f"(h, {n})", tenant, kinds[mode]) for form, n, mode, tenant in rows}
+
+    def one_after_the_other(tenant: str) -> None:
+        with dblock.lock(url, target="web-01", step="b", tenant=tenant, timeout=60):
+            pass
+
+    with (
+        psycopg.connect(url, autocommit=True) as observer,
+        ThreadPoolExecutor(3) as others,  # waits for them at its end, when the lock is given back
+        dblock.lock(url, target="web-01", step="b", tenant="T1"),
+    ):
+        waits = []
+        for number in (2, 3, 4):
+            waits.append(others.submit(one_after_the_other, f"T{number}"))
+            wait_until(lambda: len(postgres.waiters()) == len(waits), "the next one to queue")
+        wait_until(lambda: held() == drawn(picture, right_edge=470), "the locks to be as they are drawn")
+    assert [done.result() for done in waits] == [None] * 3
 
 
 # --- integrations.md --------------------------------------------------------------------------------------------------
