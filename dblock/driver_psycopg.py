@@ -107,6 +107,9 @@ class PsycopgSession(_OnPsycopg, Session):
 
     def rows(self, text: str) -> list[Row]:
         import psycopg
+
+        # No attribute of psycopg: it lacks that if a signal once broke off its import, and another one succeeded.
+        from psycopg.errors import InvalidSqlStatementName
         from psycopg.rows import tuple_row
 
         _refuse_pipeline(self._connection)
@@ -116,7 +119,7 @@ class PsycopgSession(_OnPsycopg, Session):
                 message = _encoded(self._connection, self._commented(text))
                 try:
                     cursor.execute(message, prepare=_may_prepare(text))
-                except psycopg.errors.InvalidSqlStatementName:
+                except InvalidSqlStatementName:
                     # Somebody deallocated it where the driver could not see it: nothing was run.
                     cursor.execute(message, prepare=False)
                 rows: list[Row] = []
@@ -144,6 +147,7 @@ class AsyncPsycopgSession(_OnPsycopg, AsyncSession):
 
     async def rows(self, text: str) -> list[Row]:
         import psycopg
+        from psycopg.errors import InvalidSqlStatementName
         from psycopg.rows import tuple_row
 
         _refuse_pipeline(self._connection)
@@ -152,7 +156,7 @@ class AsyncPsycopgSession(_OnPsycopg, AsyncSession):
                 message = _encoded(self._connection, self._commented(text))
                 try:
                     await cursor.execute(message, prepare=_may_prepare(text))
-                except psycopg.errors.InvalidSqlStatementName:
+                except InvalidSqlStatementName:
                     await cursor.execute(message, prepare=False)
                 rows: list[Row] = []
                 while True:

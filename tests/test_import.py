@@ -50,6 +50,21 @@ except dblock.DatabaseError as error:
     assert said.endswith("pip install 'dblock[postgres]'")
 
 
+def test_a_driver_whose_import_was_broken_off_once(url: str) -> None:
+    """The soak met it: a module that is imported already is no attribute of a package that is imported anew."""
+    code = f"""
+import psycopg
+del psycopg.errors
+from dblock.connect import connect
+from dblock.errors import DatabaseError
+try:
+    connect({url!r}).rows("SELECT 1 / 0")
+except DatabaseError as error:
+    print(error.sqlstate)
+"""
+    assert python(code) == "22012\n"
+
+
 def test_all_is_complete() -> None:
     imported = [
         name
