@@ -148,26 +148,6 @@ class DblockPymssql(Dblock):
         self.connection = RawPymssql(url).connection
 
 
-class SqlalchemyDlockPymssql:
-    def __init__(self, url: str) -> None:
-        import sqlalchemy
-        from sqlalchemy_dlock import create_sadlock
-
-        self.connection = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT").connect()
-        self.make = create_sadlock
-
-    def acquire(self) -> None:
-        self.lock = self.make(self.connection, "b@web-01")
-        assert self.lock.acquire()
-
-    def acquire_timed(self) -> None:
-        self.lock = self.make(self.connection, "b@web-01")
-        assert self.lock.acquire(timeout=TIMEOUT_SECONDS)
-
-    def release(self) -> None:
-        self.lock.release()
-
-
 class PostgresqlLock(Raw):
     def __init__(self, url: str) -> None:
         super().__init__(url)
@@ -200,6 +180,15 @@ class SqlalchemyDlock(RawSqlalchemy):
 
     def release(self) -> None:
         self.lock.release()
+
+
+class SqlalchemyDlockPymssql(SqlalchemyDlock):
+    def __init__(self, url: str) -> None:
+        import sqlalchemy
+        from sqlalchemy_dlock import create_sadlock
+
+        self.connection = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT").connect()
+        self.make = create_sadlock
 
 
 class Pals:

@@ -7,7 +7,10 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
+from uuid import uuid4
 
+import psycopg
 import pytest
 
 from tests import backends
@@ -98,6 +101,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         ):
             item.add_marker("mssql")
             item.add_marker(pytest.mark.xdist_group("a given server"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Refuse a pytest-xdist that does not keep the tests of a group in one process, which nobody would see."""
+    if getattr(session.config.option, "loadgroup", False):
+        for item in session.items:
+            if item.get_closest_marker("xdist_group") and "@" not in item.nodeid:
+                raise pytest.UsageError(f"{item.nodeid} belongs to a group, of which this pytest-xdist is not told")
+
+
+@pytest.fixture
+def target() -> str:
+    """A name that no other test has."""
+    return f"web {uuid4()}"
+
+
+@pytest.fixture
+def observer(url: str) -> Iterator[psycopg.Connection[Any]]:
+    with psycopg.connect(url, autocommit=True) as connection:
+        yield connection
 
 
 @pytest.fixture

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 PATIENCE_SECONDS = 60  # a limit for what hangs; nothing that works comes near it
 _PAUSE_SECONDS = 0.01
@@ -25,3 +27,17 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = PATI
 def rounds(default: int) -> int:
     """How often a test repeats what needs luck to go wrong: DBLOCK_TEST_ROUNDS, for those who have the time."""
     return int(os.environ.get("DBLOCK_TEST_ROUNDS", default))
+
+
+@contextmanager
+def ended_afterwards(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    """See to it that a process which was started with pipes is gone when the test is over, however it ended."""
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait(60)
+        for stream in (process.stdin, process.stdout, process.stderr):
+            if stream is not None:
+                with suppress(OSError):  # nobody reads what was left to be written
+                    stream.close()

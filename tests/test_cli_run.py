@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 import psycopg
 import pytest
 
 import dblock
+from tests.support import ended_afterwards
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -31,17 +31,6 @@ if TYPE_CHECKING:
 DBLOCK = (sys.executable, "-m", "dblock")
 STEP = "b"
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2]
-
-
-@pytest.fixture
-def target() -> str:
-    return f"web {uuid4()}"
-
-
-@pytest.fixture
-def observer(url: str) -> Iterator[psycopg.Connection[Any]]:
-    with psycopg.connect(url, autocommit=True) as connection:
-        yield connection
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = 30) -> None:
@@ -89,15 +78,8 @@ def started(
         env=environment(url),
         **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **settings},
     )
-    try:
+    with ended_afterwards(process):
         yield process
-    finally:
-        process.kill()
-        process.wait(60)
-        for stream in (process.stdin, process.stdout, process.stderr):
-            if stream is not None:
-                with suppress(BrokenPipeError):
-                    stream.close()
 
 
 def python(code: str, *arguments: str) -> list[str]:

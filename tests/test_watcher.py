@@ -12,10 +12,9 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import psycopg
 import pytest
@@ -29,17 +28,6 @@ pytestmark = pytest.mark.skipif(
 
 HANDOVER_SECONDS = 1.0  # what the project promises
 LOOK_SECONDS = 0.1  # long enough for some thousand writes
-
-
-@pytest.fixture
-def target() -> str:
-    return f"web {uuid4()}"
-
-
-@pytest.fixture
-def observer(url: str) -> Iterator[psycopg.Connection[Any]]:
-    with psycopg.connect(url, autocommit=True) as connection:
-        yield connection
 
 
 # Its child is orphaned at once, and so hangs in no tree of processes, but stays in the group. Both are deaf to what

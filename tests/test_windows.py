@@ -15,16 +15,16 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import psycopg
 import pytest
 
 import dblock
 from dblock import aio
+from tests.support import ended_afterwards
 from tests.test_cli_run import complaint, environment, holders, line, rows
 
 WINDOWS = (sys.executable, str(Path(__file__).with_name("windows.py")))
@@ -35,17 +35,6 @@ BREAK = signal.SIGUSR2  # what stands for it here
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FAKE_WINDOWS", str(tmp_path))
     return tmp_path
-
-
-@pytest.fixture
-def target() -> str:
-    return f"web {uuid4()}"
-
-
-@pytest.fixture
-def observer(url: str) -> Iterator[psycopg.Connection[Any]]:
-    with psycopg.connect(url, autocommit=True) as connection:
-        yield connection
 
 
 def calls(folder: Path) -> list[str]:
@@ -113,15 +102,8 @@ def started(url: str, target: str, *options: str, command: list[str], **more: st
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    try:
+    with ended_afterwards(process):
         yield process
-    finally:
-        process.kill()
-        process.wait(60)
-        for stream in (process.stdin, process.stdout, process.stderr):
-            if stream is not None:
-                with suppress(BrokenPipeError):
-                    stream.close()
 
 
 def run(url: str, target: str, *options: str, command: list[str], **more: str) -> tuple[int, bytes, bytes]:

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -21,6 +21,7 @@ import psycopg
 import pytest
 
 import dblock
+from tests.support import ended_afterwards
 
 SETTINGS: dict[str, Any] = {}
 if sys.platform == "win32":
@@ -54,15 +55,8 @@ def started(url: str, target: str, *options: str, command: list[str]) -> Iterato
         stderr=subprocess.PIPE,
         **SETTINGS,
     )
-    try:
+    with ended_afterwards(process):
         yield process
-    finally:
-        process.kill()
-        process.wait(60)
-        for stream in (process.stdin, process.stdout, process.stderr):
-            if stream is not None:
-                with suppress(OSError):
-                    stream.close()
 
 
 def python(code: str, *arguments: object) -> list[str]:
