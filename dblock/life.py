@@ -419,8 +419,6 @@ class Life(ABC, Generic[S]):
         """Where a lock was taken after this one on the same connection, it is its release that ends the labels."""
         if hold.session.loan is None:
             return
-        if len(_all) == 1:
-            return  # this one
         with _all_guard:
             later = [
                 other
@@ -562,8 +560,6 @@ class Life(ABC, Generic[S]):
         return hold
 
     def _warn_if_out_of_order(self, caller: Hashable) -> None:
-        if not len(_all):
-            return
         lowest = self._wishes[0].key.value
         with _all_guard:
             others = list(_all)
