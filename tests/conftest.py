@@ -90,6 +90,7 @@ def mssql(mssql_url: str) -> Iterator[SqlServer]:
         yield backend
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that need a SQL Server, for -m; and let only one process at a time use a server that was given."""
     for item in items:

@@ -20,7 +20,7 @@ from tests.support import wait_until
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the soak is for Linux: it knows its processes by /proc"),
     pytest.mark.timeout(240),
-    pytest.mark.xdist_group("a soak"),  # many processes are at work in one
+    pytest.mark.xdist_group("a given server"),  # some use it; and many processes are at work in each
 ]
 
 NOTICE_SECONDS = 3.0  # beside whatever other tests may run

@@ -21,11 +21,11 @@ OLDEST, NEWEST = (3, 10), (3, 14)
 DRIVERS = {"postgres": "psycopg", "mssql": "pymssql", "sqlalchemy": "sqlalchemy", "cli": "rich"}
 EXTRAS = {
     "": set(),
-    "postgres": {"psycopg"},
-    "mssql": {"pymssql"},
-    "sqlalchemy": {"sqlalchemy"},
-    "cli": {"rich"},
-    "demo": {"psycopg", "rich"},
+    "[postgres]": {"psycopg"},
+    "[mssql]": {"pymssql"},
+    "[sqlalchemy]": {"sqlalchemy"},
+    "[cli]": {"rich"},
+    "[demo]": {"psycopg", "rich"},
 }  # fmt: skip
 URLS = {"psycopg": "postgresql://127.0.0.1:1/d", "pymssql": "mssql+pymssql://u@127.0.0.1:1/d"}
 
@@ -76,8 +76,7 @@ class Environment:
     def __init__(self, python: str, folder: Path, wheel: Path, extra: str) -> None:
         run(python, "-m", "venv", "--without-pip", folder)
         self.bin = folder / ("Scripts" if sys.platform == "win32" else "bin")
-        what = f"{wheel}[{extra}]" if extra else str(wheel)
-        run(sys.executable, "-m", "pip", "--python", self.bin / "python", "install", "--quiet", what)
+        run(sys.executable, "-m", "pip", "--python", self.bin / "python", "install", "--quiet", f"{wheel}{extra}")
 
     def python(self, text: str) -> str:
         return run(self.bin / "python", "-I", "-c", text).stdout
@@ -87,7 +86,7 @@ class Environment:
 
 
 @pytest.mark.parametrize("python", pythons(), ids=lambda path: run(path, "-V").stdout.split()[1])
-@pytest.mark.parametrize("extra", EXTRAS, ids=lambda extra: extra or "none")
+@pytest.mark.parametrize("extra", EXTRAS, ids=lambda extra: extra.strip("[]") or "none")
 def test_installed_with_one_extra(wheel: Path, tmp_path: Path, python: str, extra: str) -> None:
     installed = Environment(python, tmp_path / "env", wheel, extra)
     assert f" {version('dblock')}\n" in installed.dblock("--version").stdout
