@@ -67,6 +67,9 @@ LONG_SLICE_EVERY = 4
 # otherwise keep its ticket, and with it stop everybody behind.
 WAITER_SILENCE_SECONDS = 2
 
+# So many cancels in a row do not end the caller's connection.
+MOST_CANCELS = 5
+
 # In which a transaction sees what was committed before the grant.
 _FRESH_ISOLATION = ("read committed", "read uncommitted")
 
@@ -294,10 +297,10 @@ class AdvisoryLock:
             # Before the reply to the first message nobody was in the queue. A transaction has its savepoint.
             if self._queued or self.wish.in_transaction or not self._may_be_callers:
                 give_back = _give_back(self._names, queue_only=self._may_be_callers)
-                yield around.undoing(give_back, self._application_name)
+                yield from _in_spite_of_cancels(around.undoing(give_back, self._application_name))
             if self._may_be_callers and not self.wish.in_transaction:
                 # The message failed that says whether the lock was the caller's before: if it is held, nobody knows.
-                (held,) = yield around.errand(f"SELECT {_own_lock(self._names.key)}")
+                (held,) = yield from _in_spite_of_cancels(around.errand(f"SELECT {_own_lock(self._names.key)}"))
                 if held:
                     yield HangUp()
             self.may_hold = False
@@ -374,6 +377,17 @@ class AdvisoryLock:
             return ceil(seconds * 1000)
         remaining = deadline - time.monotonic()
         return ceil(min(seconds, remaining) * 1000) if remaining > 0 else None
+
+
+def _in_spite_of_cancels(message: str) -> Steps[Any]:
+    """Send what may be sent again, also where cancels hit it that were meant for the wait: few people cancel once."""
+    for _ in range(MOST_CANCELS):
+        try:
+            return (yield message)
+        except DatabaseError as error:
+            if error.sqlstate != _QUERY_CANCELED:
+                raise
+    return (yield message)
 
 
 @dataclass(frozen=True)

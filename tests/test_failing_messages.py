@@ -17,6 +17,7 @@ from psycopg.pq import TransactionStatus
 import dblock
 from dblock.driver_psycopg import PsycopgSession
 from dblock.errors import DatabaseError
+from dblock.postgres import MOST_CANCELS
 from dblock.protocol import Busy, Conditions, Granted, Row, Wish, acquire_all, release_all
 from dblock.session import Loan
 from tests.support import rounds, wait_until
@@ -36,20 +37,29 @@ class Failing(PsycopgSession):
     """A session one of whose messages fails: the so-and-so-many-th, before or after the server had it."""
 
     def __init__(
-        self, connection: Connection, loan: Loan | None, fails: int, *, sent: bool, sqlstate: str | None = None
+        self,
+        connection: Connection,
+        loan: Loan | None,
+        fails: int,
+        *,
+        sent: bool,
+        sqlstate: str | None = None,
+        times: int = 1,
     ) -> None:
         super().__init__(connection, loan)
         self._fails = fails
+        self._times = times
         self._sent = sent
         self._sqlstate = sqlstate
         self.said = 0
 
     def rows(self, text: str) -> list[Row]:
         self.said += 1
-        if self.said == self._fails and not self._sent:
+        failing = self._fails <= self.said < self._fails + self._times
+        if failing and not self._sent:
             raise DatabaseError("never sent", self._sqlstate)
         rows = super().rows(text)
-        if self.said == self._fails:
+        if failing:
             raise DatabaseError("the reply is lost", self._sqlstate)
         return rows
 
@@ -159,6 +169,21 @@ def test_a_cancelled_release_loses_nothing(url: str, shape: str, own: bool, sent
         assert bool(session.run(release_all(holds))) == (sent and not own)
         assert not connection.closed
         assert held_by(observer, connection.info.backend_pid) == []
+
+
+@pytest.mark.parametrize("sent", [False, True], ids=["never sent", "reply lost"])
+@pytest.mark.parametrize("times", [2, MOST_CANCELS])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_cancels_in_a_row_do_not_close_the_callers_connection(url: str, shape: str, times: int, sent: bool) -> None:
+    """Whichever messages of a wait they hit."""
+    with psycopg.connect(url, autocommit=True) as observer, dblock.lock(url, target="web-01", step="b"):
+        for fails in range(1, MOST_MESSAGES):
+            with psycopg.connect(url, autocommit=True) as connection:
+                loan = Loan(connection, False, rollback=connection.rollback)
+                session = Failing(connection, loan, fails, sent=sent, sqlstate=CANCELED, times=times)
+                assert not isinstance(outcome_of(session, SHAPES[shape], 0.05), Granted)
+                assert not connection.closed
+                assert held_by(observer, connection.info.backend_pid) == []
 
 
 @pytest.mark.parametrize("in_transaction", [False, True], ids=["own", "transaction"])

@@ -20,7 +20,7 @@ from psycopg.rows import dict_row
 import dblock
 from tests.backends import Postgres
 from tests.pooler import pgbouncer
-from tests.support import wait_until
+from tests.support import rounds, wait_until
 
 Connection = psycopg.Connection[Any]
 WISH: dict[str, Any] = {"target": "web-01", "step": "b"}
@@ -240,7 +240,7 @@ def test_a_cancelled_wait_leaves_nothing(postgres: Postgres, scope: Any, shape: 
     ):
         connection.execute("CREATE TEMPORARY TABLE work AS SELECT 1 AS done")
         before = postgres.all_rows()
-        for _ in range(10):
+        for _ in range(rounds(10)):
             acquiring = pool.submit(dblock.lock(connection, scope=scope, **WISH, **shape).acquire)
             (waiter,) = waiters(postgres)
 
