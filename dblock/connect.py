@@ -53,8 +53,8 @@ _DRIVERS = {
     "mssql": "pymssql",
     "mssql+pymssql": "pymssql",
 }
+_EXTRAS = {"psycopg": "postgres", "pymssql": "mssql"}
 _SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://")
-
 
 # Packages whose objects are taken for what they are, and not for a callable that returns a connection.
 _PACKAGES = ("psycopg", "pymssql", "sqlalchemy")
@@ -82,7 +82,7 @@ def check_source(db: T, *, scope: Scope = "session") -> T:
         TypeError: neither a text, nor a connection that is known, nor callable.
     """
     if isinstance(db, str):
-        _driver_for(db)
+        _driver_named(db)
     elif _package_of(db) is None and not callable(db):
         raise TypeError(
             f"db must be a str, a connection, session or engine of psycopg, pymssql or SQLAlchemy, or a callable, not "
@@ -123,7 +123,7 @@ def connect(db: Source, scope: Scope = "session", comment: str = "") -> Session:
 
 def _connect(db: Source, scope: Scope, comment: str) -> Session:
     if isinstance(db, str):
-        return _driver_for(db).connect(db, comment)
+        return _load(_driver_named(db)).connect(db, comment)
     package = _package_of(db)
     if package == "sqlalchemy":
         from dblock import driver_sqlalchemy
@@ -147,7 +147,7 @@ async def connect_async(db: AsyncSource, scope: Scope = "session", comment: str 
 
 async def _connect_async(db: AsyncSource, scope: Scope, comment: str) -> AsyncSession:
     if isinstance(db, str):
-        return await _driver_for(db).connect_async(db, comment)
+        return await _load(_driver_named(db)).connect_async(db, comment)
     package = _package_of(db)
     if package == "sqlalchemy":
         from dblock import driver_sqlalchemy
@@ -169,7 +169,7 @@ async def _connect_async(db: AsyncSource, scope: Scope, comment: str) -> AsyncSe
 def _failed(error: Exception) -> Exception:
     """What a callable raised: a driver's error as dblock's, anything else as it is."""
     package = _package_of(error)
-    if package not in set(_DRIVERS.values()):
+    if package not in _EXTRAS:
         return error
     said = _load(package).translate(error)
     return DatabaseError(f"the callable could not connect: {said}", said.sqlstate)
@@ -177,7 +177,7 @@ def _failed(error: Exception) -> Exception:
 
 def _new_connections_driver(connection: object) -> _Driver:
     package = _package_of(connection)
-    if package is None or package not in _DRIVERS.values():
+    if package not in _EXTRAS:
         raise UnsafeConnection(
             f"the callable must return a new connection of psycopg or pymssql, not {type(connection).__module__}."
             f"{type(connection).__qualname__}"
@@ -192,10 +192,10 @@ def secret_in(url: str) -> str | None:
         ValueError: it cannot be read. The message does not show it.
         DatabaseError: the driver that reads it is missing.
     """
-    return _driver_for(url).secret_in(url)
+    return _load(_driver_named(url)).secret_in(url)
 
 
-def _driver_for(text: str) -> _Driver:
+def _driver_named(text: str) -> str:
     if not text.strip():
         raise ValueError(
             "db is empty: a URL (postgresql://…, mssql+pymssql://…), a conninfo string or a callable is needed"
@@ -208,7 +208,7 @@ def _driver_for(text: str) -> _Driver:
             f"postgresql://, postgres:// or mssql+pymssql://, be a conninfo string, or a callable that returns a new "
             f"connection of psycopg or pymssql"
         )
-    return _load(name)
+    return name
 
 
 def _package_of(thing: object) -> str | None:
@@ -225,4 +225,14 @@ def _package_of_class(kind: type) -> str | None:
 
 @cache
 def _load(name: str) -> _Driver:
-    return cast("_Driver", import_module(f"dblock.driver_{name}"))
+    """What knows a driver, only now that it is needed.
+
+    Raises:
+        DatabaseError: the driver is not installed. The message names the extra that brings it.
+    """
+    try:
+        return cast("_Driver", import_module(f"dblock.driver_{name}"))
+    except ImportError as error:
+        raise DatabaseError(
+            f"the driver {name} cannot be imported ({error}); install it with: pip install 'dblock[{_EXTRAS[name]}]'"
+        ) from error

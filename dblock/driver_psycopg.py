@@ -7,7 +7,14 @@ Imported only when such a connection is wanted: whoever uses dblock without Post
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+# No attributes of psycopg: it lacks these if a signal once broke off its import, and another one succeeded.
+from psycopg.errors import InvalidSqlStatementName
+from psycopg.rows import tuple_row
 
 from dblock.aio_session import AsyncSession
 from dblock.errors import DatabaseError, UnsafeConnection
@@ -20,15 +27,11 @@ from dblock.session import (
     Session,
     has_input,
     hide_password,
-    import_driver,
     notice_dead_network,
     one_line,
 )
 
-if TYPE_CHECKING:
-    import psycopg
-
-    AnyConnection = psycopg.Connection[Any] | psycopg.AsyncConnection[Any]
+AnyConnection: TypeAlias = "psycopg.Connection[Any] | psycopg.AsyncConnection[Any]"
 
 # libpq's PQTransactionStatusType.
 _IDLE, _ACTIVE, _IN_TRANSACTION, _IN_FAILED_TRANSACTION = range(4)
@@ -81,8 +84,6 @@ class _OnPsycopg(AnySession):
         return self._connection.pgconn.transaction_status == _ACTIVE
 
     def fileno(self) -> int:
-        import psycopg
-
         try:
             return self._connection.fileno()
         except psycopg.Error as error:
@@ -91,9 +92,11 @@ class _OnPsycopg(AnySession):
     def alive(self) -> bool:
         return _alive(self._connection)
 
-    def _commented(self, text: str) -> str:
+    def _message(self, text: str) -> bytes:
         # At the beginning: of a long statement the server shows no more than that.
-        return f"/*{self.comment}*/ {text}" if self.comment else text
+        commented = f"/*{self.comment}*/ {text}" if self.comment else text
+        # All of PostgreSQL's encodings have ASCII in common.
+        return commented.encode("ascii" if commented.isascii() else self._connection.info.encoding, "surrogateescape")
 
 
 class PsycopgSession(_OnPsycopg, Session):
@@ -106,28 +109,22 @@ class PsycopgSession(_OnPsycopg, Session):
         self._connection: psycopg.Connection[Any] = connection
 
     def rows(self, text: str) -> list[Row]:
-        import psycopg
-
-        # No attribute of psycopg: it lacks that if a signal once broke off its import, and another one succeeded.
-        from psycopg.errors import InvalidSqlStatementName
-        from psycopg.rows import tuple_row
-
         _refuse_pipeline(self._connection)
+        message = self._message(text)
+        # The caller's connection may have a cursor class and rows of its own.
+        cursor = psycopg.Cursor(self._connection, row_factory=tuple_row)
         try:
-            # The caller's connection may have a cursor class and rows of its own.
-            with psycopg.Cursor(self._connection, row_factory=tuple_row) as cursor:
-                message = _encoded(self._connection, self._commented(text))
-                try:
-                    cursor.execute(message, prepare=_may_prepare(text))
-                except InvalidSqlStatementName:
-                    # Somebody deallocated it where the driver could not see it: nothing was run.
-                    cursor.execute(message, prepare=False)
-                rows: list[Row] = []
-                while True:
-                    if cursor.pgresult and cursor.pgresult.nfields:  # its description is slow to make
-                        rows = cursor.fetchall()
-                    if not cursor.nextset():
-                        return _decoded(self._connection, rows)
+            try:
+                cursor.execute(message, prepare=_may_prepare(text))
+            except InvalidSqlStatementName:
+                # Somebody deallocated it where the driver could not see it: nothing was run.
+                cursor.execute(message, prepare=False)
+            rows: list[Row] = []
+            while True:
+                if cursor.pgresult and cursor.pgresult.nfields:  # its description is slow to make
+                    rows = cursor.fetchall()
+                if not cursor.nextset():
+                    return _decoded(rows)
         except psycopg.Error as error:
             raise translate(error) from error
 
@@ -146,24 +143,20 @@ class AsyncPsycopgSession(_OnPsycopg, AsyncSession):
         self._connection: psycopg.AsyncConnection[Any] = connection
 
     async def rows(self, text: str) -> list[Row]:
-        import psycopg
-        from psycopg.errors import InvalidSqlStatementName
-        from psycopg.rows import tuple_row
-
         _refuse_pipeline(self._connection)
+        message = self._message(text)
+        cursor = psycopg.AsyncCursor(self._connection, row_factory=tuple_row)
         try:
-            async with psycopg.AsyncCursor(self._connection, row_factory=tuple_row) as cursor:
-                message = _encoded(self._connection, self._commented(text))
-                try:
-                    await cursor.execute(message, prepare=_may_prepare(text))
-                except InvalidSqlStatementName:
-                    await cursor.execute(message, prepare=False)
-                rows: list[Row] = []
-                while True:
-                    if cursor.pgresult and cursor.pgresult.nfields:
-                        rows = await cursor.fetchall()
-                    if not cursor.nextset():
-                        return _decoded(self._connection, rows)
+            try:
+                await cursor.execute(message, prepare=_may_prepare(text))
+            except InvalidSqlStatementName:
+                await cursor.execute(message, prepare=False)
+            rows: list[Row] = []
+            while True:
+                if cursor.pgresult and cursor.pgresult.nfields:
+                    rows = await cursor.fetchall()
+                if not cursor.nextset():
+                    return _decoded(rows)
         except psycopg.Error as error:
             raise translate(error) from error
 
@@ -182,12 +175,9 @@ def connect(conninfo: str, program: str = "") -> Session:  # noqa: ARG001 - each
         program: what is told of the caller at the login, where the engine knows of no other place.
 
     Raises:
-        DatabaseError: the database cannot be reached, or psycopg is missing.
+        DatabaseError: the database cannot be reached.
         ValueError: the text cannot be read.
     """
-    import_driver("psycopg", "postgres")
-    import psycopg
-
     readable, password = _checked(conninfo)
     try:
         session = PsycopgSession(psycopg.connect(readable, autocommit=True, prepare_threshold=None))
@@ -199,9 +189,6 @@ def connect(conninfo: str, program: str = "") -> Session:  # noqa: ARG001 - each
 
 async def connect_async(conninfo: str, program: str = "") -> AsyncSession:  # noqa: ARG001 - as for `connect`
     """Open a connection for asyncio, as `connect` does."""
-    import_driver("psycopg", "postgres")
-    import psycopg
-
     _refuse_proactor()
     readable, password = _checked(conninfo)
     try:
@@ -233,8 +220,6 @@ def adopt(connection: psycopg.Connection[Any]) -> Session:
         UnsafeConnection: it is closed, in a transaction, or an asynchronous one.
         DatabaseError: it failed.
     """
-    import psycopg
-
     _check_new(connection, psycopg.Connection)
     try:
         connection.autocommit = True
@@ -247,8 +232,6 @@ def adopt(connection: psycopg.Connection[Any]) -> Session:
 
 async def adopt_async(connection: psycopg.AsyncConnection[Any]) -> AsyncSession:
     """Take over a new asynchronous connection which a callable has opened, as `adopt` does."""
-    import psycopg
-
     _check_new(connection, psycopg.AsyncConnection)
     try:
         await connection.set_autocommit(True)
@@ -268,8 +251,6 @@ def borrow(connection: psycopg.Connection[Any], scope: Scope) -> Session:
     Raises:
         UnsafeConnection: no lock of that scope could be trusted on it.
     """
-    import psycopg
-
     if not isinstance(connection, psycopg.Connection):
         raise UnsafeConnection(f"a psycopg {type(connection).__qualname__} is for asyncio: use dblock.alock")
     return PsycopgSession(connection, _loan(connection, scope))
@@ -277,8 +258,6 @@ def borrow(connection: psycopg.Connection[Any], scope: Scope) -> Session:
 
 def borrow_async(connection: psycopg.AsyncConnection[Any], scope: Scope) -> AsyncSession:
     """Use the caller's asynchronous connection, as `borrow` does."""
-    import psycopg
-
     if not isinstance(connection, psycopg.AsyncConnection):
         raise UnsafeConnection(f"a psycopg {type(connection).__qualname__} blocks: use dblock.lock")
     return AsyncPsycopgSession(connection, _loan(connection, scope))
@@ -334,8 +313,6 @@ def _alive(connection: AnyConnection) -> bool:
 
     Not while somebody waits for a reply, which would be swallowed: who talks on the connection learns of its end.
     """
-    import psycopg
-
     blocking = connection.lock if isinstance(connection, psycopg.Connection) else None
     if connection.lock.locked() or (blocking and not blocking.acquire(blocking=False)):
         return not connection.closed
@@ -352,14 +329,8 @@ def _alive(connection: AnyConnection) -> bool:
     return not connection.closed
 
 
-def _encoded(connection: AnyConnection, text: str) -> bytes:
-    return text.encode(connection.info.encoding, "surrogateescape")
-
-
-def _decoded(connection: AnyConnection, rows: list[Row]) -> list[Row]:
-    """With client_encoding SQL_ASCII the driver returns bytes for texts."""
-    if connection.info.encoding != "ascii":
-        return rows
+def _decoded(rows: list[Row]) -> list[Row]:
+    """With client_encoding SQL_ASCII the driver returns bytes for texts; nothing that is asked for here is bytes."""
 
     def decoded(value: Any) -> Any:
         if isinstance(value, list):
@@ -375,8 +346,6 @@ def _checked(conninfo: str) -> tuple[str, str]:
     Raises:
         ValueError: it cannot be read.
     """
-    from psycopg.conninfo import make_conninfo
-
     conninfo = _as_libpq_reads_it(conninfo)
     settings = _settings(conninfo)
     if "@" in str(settings.get("host", "")) or re.search(r"[^0-9,]", str(settings.get("port", ""))):
@@ -392,7 +361,6 @@ def _not_connected(error: psycopg.Error, password: str) -> DatabaseError:
 
 
 def _check_new(connection: AnyConnection, kind: type[Any]) -> None:
-
     if not isinstance(connection, kind):
         raise UnsafeConnection(
             f"the callable must return a new psycopg.{kind.__name__}, not psycopg.{type(connection).__qualname__}"
@@ -414,7 +382,6 @@ def secret_in(conninfo: str) -> str | None:
     Raises:
         ValueError: it cannot be read. The message does not show it.
     """
-    import_driver("psycopg", "postgres")
     # libpq itself reads it: no other reader knows all the places where it takes a password from.
     settings = _settings(_as_libpq_reads_it(conninfo))
     return next((name for name in _SECRETS if settings.get(name)), None)
@@ -426,9 +393,6 @@ def _as_libpq_reads_it(conninfo: str) -> str:
 
 
 def _settings(conninfo: str) -> dict[str, Any]:
-    import psycopg
-    from psycopg.conninfo import conninfo_to_dict
-
     # libpq's complaints quote what they could not read, and that may be a piece of the password.
     try:
         return dict(conninfo_to_dict(conninfo))

@@ -20,8 +20,11 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
+
+import pymssql
+from pymssql import _mssql
 
 from dblock.aio_session import AsyncSession, until_done
 from dblock.errors import DatabaseError, UnsafeConnection
@@ -34,13 +37,9 @@ from dblock.session import (
     duplicate,
     has_input,
     hide_password,
-    import_driver,
     notice_dead_network,
     one_line,
 )
-
-if TYPE_CHECKING:
-    import pymssql
 
 # What may stand behind the ? of a URL, as pymssql.connect names it. Not `timeout`: it is one for the whole process, and
 # would end a wait for a lock by closing the connection.
@@ -125,8 +124,6 @@ class PymssqlSession(Session):
         self._connection.close()
 
     def _send(self, text: str, wait: Callable[[int], None]) -> list[Row]:
-        import pymssql
-
         if self._closed:
             raise DatabaseError("the connection is closed")
 
@@ -163,15 +160,12 @@ def connect(url: str, program: str = "") -> PymssqlSession:
         program: what is told of the caller in program_name, as far as it fits.
 
     Raises:
-        DatabaseError: the database cannot be reached, or pymssql is missing.
+        DatabaseError: the database cannot be reached.
         ValueError: the URL cannot be read.
     """
     arguments = _arguments(url)
     if program:
         arguments["appname"] = f"{arguments['appname']} {program}"[:_PROGRAM_NAME_CHARACTERS]
-    import_driver("pymssql", "mssql")
-    import pymssql
-
     try:
         with _waiting(_wait_for_reply):  # for the settings which the driver sends of its own accord
             connection = pymssql.connect(**arguments, autocommit=True)
@@ -188,8 +182,6 @@ def adopt(connection: pymssql.Connection) -> PymssqlSession:
         UnsafeConnection: it is closed.
         DatabaseError: it failed.
     """
-    import pymssql
-
     try:
         # Ends the transaction that pymssql begins unasked; a new connection has done nothing in it.
         connection.autocommit(True)
@@ -229,8 +221,6 @@ def borrow(connection: pymssql.Connection, scope: Scope) -> Session:
 
 
 def _is_open(connection: pymssql.Connection) -> bool:
-    import pymssql
-
     try:
         connection.cursor().close()
     except pymssql.Error:
@@ -361,8 +351,6 @@ def _waiting(wait: Callable[[int], None]) -> Iterator[None]:
 
 def _install() -> None:
     global _messages_under_way, _callback_before  # noqa: PLW0603 - the driver's callback is one for the process
-    from pymssql import _mssql
-
     with _installing:
         _messages_under_way += 1
         if _messages_under_way == 1:
@@ -372,8 +360,6 @@ def _install() -> None:
 
 def _uninstall() -> None:
     global _messages_under_way, _callback_before  # noqa: PLW0603
-    from pymssql import _mssql
-
     with _installing:
         _messages_under_way -= 1
         # Somebody else may have set another one meanwhile: that one stays.

@@ -10,7 +10,7 @@ Imported only when something of SQLAlchemy's is given.
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
@@ -55,7 +55,7 @@ def session(db: sqlalchemy.Engine | Lent, scope: Scope) -> Session:
         if loan.began:
             loan.rollback()
         raise
-    borrowed.loan = _marked(replace(loan, connection=proxied.driver_connection), proxied, scope)
+    borrowed.loan = _marked(loan._replace(connection=proxied.driver_connection), proxied, scope)
     return borrowed
 
 
@@ -80,14 +80,14 @@ async def session_async(db: Any, scope: Scope) -> AsyncSession:
         loan, proxied, name = await greenlet_spawn(_lend, blocking, scope)
     except exc.SQLAlchemyError as error:
         raise _translated(error) from error
-    loan = replace(loan, rollback=db.rollback, closed=db.invalidate)
+    loan = loan._replace(rollback=db.rollback, closed=db.invalidate)
     try:
         borrowed: AsyncSession = _driver(name).borrow_async(proxied.driver_connection, scope)
     except UnsafeConnection:
         if loan.began:
             await loan.rollback()
         raise
-    borrowed.loan = _marked(replace(loan, connection=proxied.driver_connection), proxied, scope)
+    borrowed.loan = _marked(loan._replace(connection=proxied.driver_connection), proxied, scope)
     return borrowed
 
 
@@ -129,7 +129,7 @@ def _marked(loan: Loan, proxied: PoolProxiedConnection, scope: Scope) -> Loan:
     def returned() -> None:
         marks.locks -= 1
 
-    return replace(loan, returned=returned)
+    return loan._replace(returned=returned)
 
 
 # --- the pool ---------------------------------------------------------------------------------------------------------

@@ -12,15 +12,14 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import closing, suppress
-from dataclasses import dataclass
 from threading import Lock, RLock
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dblock.errors import DatabaseError
 from dblock.protocol import ANSWER_SECONDS, Engine, HangUp, Message, Pause, Row, ServerLock, Steps, T, Wait, Wish
 
 if TYPE_CHECKING:
-    from types import ModuleType, TracebackType
+    from types import TracebackType
 
     from typing_extensions import Self
 
@@ -53,8 +52,7 @@ def unclaim(claimant: object) -> None:
             del _claimed[connection]
 
 
-@dataclass(frozen=True)
-class Loan:
+class Loan(NamedTuple):
     """The caller's connection, on loan to a lock.
 
     Attributes:
@@ -304,19 +302,3 @@ def one_line(text: str) -> str:
 def hide_password(text: str, password: str | None) -> str:
     """Take a password out of a text that is about to be shown."""
     return text.replace(password, "***") if password else text
-
-
-def import_driver(name: str, extra: str) -> ModuleType:
-    """Import a driver, only now that it is needed.
-
-    Raises:
-        DatabaseError: it is not installed. The message names the extra that brings it.
-    """
-    from importlib import import_module
-
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise DatabaseError(
-            f"the driver {name} cannot be imported ({error}); install it with: pip install 'dblock[{extra}]'"
-        ) from error
