@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 from urllib.parse import quote, unquote
 
 POSTGRES_BYTES = 63
@@ -27,8 +27,7 @@ _COMMENT = re.compile(rf"(/\*|dblock )(({_ITEM.pattern}),?)+")
 MAX_COMMENT_BYTES = 400  # of the 1024 that the server shows of a statement
 
 
-@dataclass(frozen=True)
-class Label:
+class Label(NamedTuple):
     """A label read back: what some session says of itself, unverified.
 
     Attributes:

@@ -16,7 +16,6 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from math import ceil
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypedDict, TypeVar
@@ -88,19 +87,19 @@ class Watcher(Protocol):
         ...
 
 
-@dataclass
 class Hold(Generic[S]):
     """What an acquired lock needs to be given back, and who may do it."""
 
-    session: S
-    holds: list[tuple[ServerLock, Granted]]
-    by: int  # the process
-    caller: Hashable  # the thread or task
-    number: int  # in the order of the grants
-    since: float  # by the monotonic clock
-    watcher: Watcher | None = None
-    lost: str = ""  # why, once it is known
-    told: bool = False  # its end, to those who want to know
+    def __init__(self, session: S, holds: list[tuple[ServerLock, Granted]], caller: Hashable) -> None:
+        self.session = session
+        self.holds = holds
+        self.caller = caller  # the thread or task
+        self.by = os.getpid()
+        self.number = next(_numbers)  # in the order of the grants
+        self.since = time.monotonic()
+        self.watcher: Watcher | None = None
+        self.lost = ""  # why, once it is known
+        self.told = False  # its end, to those who want to know
 
 
 class Arguments(TypedDict):
@@ -120,7 +119,7 @@ class Arguments(TypedDict):
 
 
 class Life(ABC, Generic[S]):
-    """One lock, in the hand of one caller: see `dblock.lock.Lock` and `dblock.aio.AsyncLock`."""
+    """One lock, in the hand of one caller: see `dblock.blocking.Lock` and `dblock.aio.AsyncLock`."""
 
     def __init__(self, *, watched: bool, grace: float, **arguments: Unpack[Arguments]) -> None:
         # watched: whether the held lock's connection is watched. Otherwise the caller does so, and calls `check` every
@@ -336,7 +335,7 @@ class Life(ABC, Generic[S]):
                 self._tell("timed out", self._asked)
                 return outcome
             self._forget_loss()
-            self._hold = Hold(session, outcome, os.getpid(), caller, next(_numbers), time.monotonic())
+            self._hold = Hold(session, outcome, caller)
             with _all_guard:
                 _all.add(self)
             if session.loan is None:
@@ -431,8 +430,8 @@ class Life(ABC, Generic[S]):
         if later and hold.holds[0][1].before is not KEEP_LABEL:
             above = min(later, key=lambda other: other.number)
             lock, granted = above.holds[0]
-            above.holds[0] = (lock, replace(granted, before=hold.holds[0][1].before))
-            hold.holds = [(lock, replace(granted, before=KEEP_LABEL)) for lock, granted in hold.holds]
+            above.holds[0] = (lock, granted._replace(before=hold.holds[0][1].before))
+            hold.holds = [(lock, granted._replace(before=KEEP_LABEL)) for lock, granted in hold.holds]
 
     async def _give_back(self, hold: Hold[S]) -> None:
         if hold.session.loan is not None and (hold.session.in_transaction or hold.session.would_begin):

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -293,8 +292,7 @@ def _is_granted(row: Row) -> bool:
     raise DatabaseError(f"the server refused the lock: sp_getapplock returned {said}")
 
 
-@dataclass(frozen=True)
-class LockNames:
+class LockNames(NamedTuple):
     """A lock as the statements need it: texts ready to be inlined, all of them ASCII without a quote."""
 
     resource: str

@@ -6,7 +6,6 @@ which 64-bit number they become. It knows no database. ``tests/key-vectors.json`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from hashlib import sha256
 from typing import NamedTuple
 
@@ -22,8 +21,7 @@ class PostgresKey(NamedTuple):
     objsubid: int
 
 
-@dataclass(frozen=True)
-class Key:
+class Key(NamedTuple):
     """The number that names a lock everywhere: in both engines' lock views, in logs and on the command line.
 
     Attributes:

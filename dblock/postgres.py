@@ -20,7 +20,6 @@ from __future__ import annotations
 import secrets
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 from typing import Any, NamedTuple
@@ -271,11 +270,12 @@ class AdvisoryLock:
         around = self._surroundings
         pid = self._trusted_pid(conditions)
         known_free = self._fresh and pid is not None
-        text = _try_at_once(self._names, around, _fit(self.wish, conditions, pid), known_free=known_free)
+        kind: Any = type(around)  # mypy looks for the class's own __hash__ among its instances' methods
+        text = _try_at_once(self._names, kind, _fit(self.wish, conditions, pid), known_free=known_free)
         row = yield around.first(text, pid, conditions.release_seconds)
         attempt = Attempt(*row[:3])
         self._application_name = attempt.before
-        around.found = Settings(*row[3 : 3 + len(around.finding())])
+        around.found = Settings(*row[3 : 3 + len(around.finding)])
         if attempt.outcome in (UNFIT, ALREADY_HELD) or (attempt.outcome != GRANTED and not wait):
             # Nothing was taken, and what there is of the lock, or of the queue, is somebody else's.
             if message := around.withdrawing():
@@ -390,8 +390,7 @@ def _in_spite_of_cancels(message: str) -> Steps[Any]:
     return (yield message)
 
 
-@dataclass(frozen=True)
-class LockNames:
+class LockNames(NamedTuple):
     """A lock as the statements need it: numbers ready to be inlined, and the label's fitted fields."""
 
     key: int
@@ -461,13 +460,15 @@ class OwnSession:
         scope: what the names of the functions that take a lock have in the middle.
         silence: which setting limits how long the session may be silent while it waits.
         borrowed: whether it is the caller's.
-        found: the settings before the lock came.
+        finding: the settings to be found by the first message: their values are a ``Settings``.
+        found: they, as they were before the lock came.
     """
 
     local = "false"
     scope = ""
     silence = "idle_session_timeout"
     borrowed = False
+    finding: tuple[str, ...] = (silence,)
     found = Settings()
 
     def __init__(self, server_version: int) -> None:
@@ -504,12 +505,8 @@ class OwnSession:
         return ""
 
     def first(self, text: str, own_pid: int | None, release_seconds: int) -> str:
-        """The first message, whose grant lasts. Its settings are found by the names of `finding`."""
+        """The first message, whose grant lasts. The settings of `finding` are found by it."""
         return self.opening(text, own_pid, release_seconds)
-
-    def finding(self) -> list[str]:
-        """The settings to be found by the first message: its values are a ``Settings``."""
-        return [self.silence]
 
     def withdrawing(self) -> str:
         """What is to be said when the first message took nothing, and no other one shall follow."""
@@ -588,6 +585,7 @@ class InTransaction(OwnSession):
     silence = "idle_in_transaction_session_timeout"
     borrowed = True
     _FOR_LONG = ("search_path", "statement_timeout", "lock_timeout")  # set until all locks are held
+    finding = (silence, *map(_FOUND.__add__, _FOR_LONG))
 
     def __init__(self, server_version: int) -> None:
         super().__init__(server_version)
@@ -614,9 +612,6 @@ class InTransaction(OwnSession):
             for name in self._FOR_LONG
         )
         return f"SAVEPOINT {self._savepoint}; SELECT {copies}; {self._set_local()} {text}"
-
-    def finding(self) -> list[str]:
-        return [self.silence, *(f"{_FOUND}{name}" for name in self._FOR_LONG)]
 
     def withdrawing(self) -> str:
         self._acquiring = False
@@ -732,18 +727,19 @@ class Attempt(NamedTuple):
     before: str  # application_name
 
 
-def _try_at_once(lock: LockNames, around: OwnSession, fit: str, *, known_free: bool = False) -> str:
+@lru_cache(maxsize=64)
+def _try_at_once(lock: LockNames, kind: type[OwnSession], fit: str, *, known_free: bool = False) -> str:
     """Take the lock if it is free and nobody waits for it: holding (h, 0) for a moment proves that nobody does.
 
     Within the caller's transaction that moment must not last until the transaction ends.
 
     Args:
         lock: the names.
-        around: whose session it is.
+        kind: whose session it is.
         fit: whether the session can be trusted with the lock.
         known_free: a session that is fit cannot have the lock: a look into pg_locks costs a new backend a millisecond.
     """
-    moment = "" if around.scope else "_xact"
+    moment = "" if kind.scope else "_xact"
     conditions = f"""
                 WHEN NOT ({fit}) THEN '{UNFIT}'
                 WHEN NOT pg_catalog.pg_try_advisory{moment}_lock({lock.high}, 0) THEN '{WAITED_FOR}'
@@ -752,28 +748,28 @@ def _try_at_once(lock: LockNames, around: OwnSession, fit: str, *, known_free: b
     leave_queue = f", CASE WHEN outcome NOT IN ('{UNFIT}', '{WAITED_FOR}') THEN pg_advisory_unlock({lock.high}, 0) END"
     before = ", pg_catalog.current_setting('application_name') AS before"
     return f"""
-        WITH {_attempt(lock, around, conditions, before)}
+        WITH {_attempt(lock, kind, conditions, before)}
         SELECT outcome, slot, before,
-               {", ".join(f"pg_catalog.current_setting('{name}')" for name in around.finding())},
-               CASE WHEN {_IS_GRANTED} THEN {_label("", lock.holding_fields, around)} END
-               {leave_queue if around.scope else ""}
+               {", ".join(f"pg_catalog.current_setting('{name}')" for name in kind.finding)},
+               CASE WHEN {_IS_GRANTED} THEN {_label("", lock.holding_fields, kind)} END
+               {leave_queue if kind.scope else ""}
         FROM attempt
     """
 
 
-def _attempt(lock: LockNames, around: OwnSession, conditions: str = "", before: str = "") -> str:
+def _attempt(lock: LockNames, kind: type[OwnSession], conditions: str = "", before: str = "") -> str:
     """Take the lock where no condition comes before, in its shape. Where no permit is free, the lock goes back.
 
     Args:
         lock: the names.
-        around: whose session it is.
+        kind: whose session it is.
         conditions: cases with outcomes of their own.
         before: what is read beside it, before anything else is set.
     """
     take = f"""
                 SELECT CASE
                 {conditions}
-                WHEN pg_catalog.pg_try_advisory{around.scope}_lock{lock.mode}({lock.key}) THEN '{GRANTED}'
+                WHEN pg_catalog.pg_try_advisory{kind.scope}_lock{lock.mode}({lock.key}) THEN '{GRANTED}'
                 ELSE '{BUSY}' END AS outcome{before}
     """
     if lock.slots is None:
@@ -787,13 +783,13 @@ def _attempt(lock: LockNames, around: OwnSession, conditions: str = "", before: 
                             SELECT (place OPERATOR(pg_catalog.-) 1)::int
                             FROM pg_catalog.unnest(ARRAY[{", ".join(map(str, lock.permits))}]::bigint[])
                                  WITH ORDINALITY AS permit(key, place)
-                            WHERE pg_catalog.pg_try_advisory{around.scope}_lock(key)
+                            WHERE pg_catalog.pg_try_advisory{kind.scope}_lock(key)
                             LIMIT 1) END AS slot
                 FROM entry),
              attempt AS MATERIALIZED (
                 SELECT CASE WHEN {is_full} THEN '{FULL}' ELSE outcome END AS outcome, slot
                        {", before" if before else ""}
-                       {"" if around.scope else leave_again}
+                       {"" if kind.scope else leave_again}
                 FROM choice)
     """
 
@@ -852,7 +848,7 @@ class Arrival(NamedTuple):
 def _arrive(lock: LockNames, around: OwnSession) -> str:
     """Label the session as a waiter's, and let the server end it should it fall silent."""
     return f"""
-        SELECT {_label("w", lock.waiting_fields, around)},
+        SELECT {_label("w", lock.waiting_fields, type(around))},
                set_config('{around.silence}', '{WAITER_SILENCE_SECONDS}s', {around.local});
     """
 
@@ -930,11 +926,11 @@ def _take_as_head(lock: LockNames, ticket: Ticket, around: OwnSession, *, settle
     the lock. Otherwise that is settled at once.
     """
     return f"""
-        WITH {_attempt(lock, around)}
+        WITH {_attempt(lock, type(around))}
         SELECT outcome, slot,
                CASE WHEN {_IS_GRANTED} THEN pg_advisory_unlock({lock.high}, {ticket.number}) END,
                CASE WHEN {_IS_GRANTED} THEN pg_advisory_unlock_shared({lock.high}, 0) END,
-               CASE WHEN {_IS_GRANTED} THEN {_label("", lock.holding_fields, around)} END
+               CASE WHEN {_IS_GRANTED} THEN {_label("", lock.holding_fields, type(around))} END
                {f", CASE WHEN {_IS_GRANTED} THEN {around.own_silence()} END" if settled else ""}
         FROM attempt
     """
@@ -973,14 +969,14 @@ def _look(lock: LockNames, ticket: Ticket | None) -> str:
 # --- pieces -----------------------------------------------------------------------------------------------------
 
 
-def _label(state: str, fitted_fields: str, around: OwnSession) -> str:
+def _label(state: str, fitted_fields: str, kind: type[OwnSession]) -> str:
     """Set the label, with the server's own clock: at the grant it is the moment of the grant.
 
     In the words which a new backend knows soonest: it looks up each function and operator that it has not met.
     """
     seconds = "pg_catalog.floor(pg_catalog.date_part('epoch', pg_catalog.clock_timestamp()))::bigint::pg_catalog.text"
     text = f"'dblock1 {state}' {_JOINED_TO} {seconds} {_JOINED_TO} ' {fitted_fields}'"
-    return f"pg_catalog.set_config('application_name', {text}, {around.local})"
+    return f"pg_catalog.set_config('application_name', {text}, {kind.local})"
 
 
 def _name(before: Any, local: str) -> str:

@@ -13,8 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 from dblock import names
 from dblock.errors import DatabaseError
@@ -32,8 +31,7 @@ LONGEST_PAUSE_SECONDS = 0.02
 PAUSE_GROWTH = 1.2
 
 
-@dataclass(frozen=True)
-class Wait:
+class Wait(NamedTuple):
     """A message in which the server waits for the lock, for as long as the caller wants to.
 
     Attributes:
@@ -46,14 +44,12 @@ class Wait:
     deadline: float | None
 
 
-@dataclass(frozen=True)
-class Pause:
+class Pause(NamedTuple):
     """Nothing is sent for so many seconds. The reply is empty."""
 
     seconds: float
 
 
-@dataclass(frozen=True)
 class HangUp:
     """The connection is closed, whosever it is: what its session holds is not known. The reply is empty."""
 
@@ -72,8 +68,7 @@ class WaitOver(DatabaseError):  # noqa: N818 - says what happened
     """The deadline of a ``Wait`` passed without an answer. The session is closed."""
 
 
-@dataclass(frozen=True)
-class Wish:
+class Wish(NamedTuple):
     """What the caller asks for: one lock, in one shape and scope.
 
     Attributes:
@@ -99,8 +94,7 @@ class Wish:
         return names.permits(self.target, self.step, self.slots) if self.slots else ()
 
 
-@dataclass(frozen=True)
-class Conditions:
+class Conditions(NamedTuple):
     """What the caller says of the connection.
 
     Attributes:
@@ -114,8 +108,7 @@ class Conditions:
     release_seconds: int = 35
 
 
-@dataclass(frozen=True)
-class Look:
+class Look(NamedTuple):
     """Who holds the lock, and how many wait before the one who asks.
 
     Attributes:
@@ -141,8 +134,7 @@ class Look:
 KEEP_LABEL: Final = object()
 
 
-@dataclass(frozen=True)
-class Granted:
+class Granted(NamedTuple):
     """The lock is held.
 
     Attributes:
@@ -154,8 +146,7 @@ class Granted:
     slot: int | None = None
 
 
-@dataclass(frozen=True)
-class Busy:
+class Busy(NamedTuple):
     """The lock was not acquired in time, and this was in the way."""
 
     wish: Wish
@@ -312,8 +303,7 @@ def pauses() -> Iterator[float]:
         seconds = min(seconds * PAUSE_GROWTH, LONGEST_PAUSE_SECONDS)
 
 
-@dataclass(frozen=True)
-class Engine:
+class Engine(NamedTuple):
     """What is the same for all sessions of one engine.
 
     Attributes:

@@ -7,7 +7,6 @@ or the text is never sent. Aimed tries find some of these moments (``test_races.
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import psycopg
@@ -25,10 +24,10 @@ from tests.support import rounds, wait_until
 Connection = psycopg.Connection[Any]
 
 WISH = Wish(dblock.key("web-01", "b"), "web-01", "b", "T1")
-SHAPES = {"exclusive": WISH, "shared": replace(WISH, shared=True), "slots": replace(WISH, slots=2)}
+SHAPES = {"exclusive": WISH, "shared": WISH._replace(shared=True), "slots": WISH._replace(slots=2)}
 WISHES = {
     **{f"{shape}, session": wish for shape, wish in SHAPES.items()},
-    **{f"{shape}, transaction": replace(wish, in_transaction=True) for shape, wish in SHAPES.items()},
+    **{f"{shape}, transaction": wish._replace(in_transaction=True) for shape, wish in SHAPES.items()},
 }
 MOST_MESSAGES = 12
 

@@ -6,7 +6,6 @@ Where no SQL Server runs this is what finds a slip of the pen; it knows nothing 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,8 +20,8 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "sql" / "mssql").glob("*.sql"))
 PAGES = ["README.md", "docs/contract.md", "docs/fencing.md", "docs/sql.md", "docs/watching.md"]
 EXCLUSIVE = Wish(dblock.key("O'Brien", "b"), "O'Brien", "b", "T1 'x' --")
-SLOTS = replace(EXCLUSIVE, slots=2)
-IN_TRANSACTION = replace(SLOTS, in_transaction=True)
+SLOTS = EXCLUSIVE._replace(slots=2)
+IN_TRANSACTION = SLOTS._replace(in_transaction=True)
 
 
 def said(wish: Wish, *, own: bool) -> dict[str, str]:
@@ -57,7 +56,7 @@ STATEMENTS = {
     f"{kind}: {name}": text
     for kind, wish, own in [
         ("exclusive", EXCLUSIVE, True),
-        ("shared, borrowed", replace(EXCLUSIVE, shared=True), False),
+        ("shared, borrowed", EXCLUSIVE._replace(shared=True), False),
         ("slots", SLOTS, True),
         ("slots, borrowed", SLOTS, False),
         ("slots in a transaction", IN_TRANSACTION, False),
