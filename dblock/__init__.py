@@ -7,23 +7,24 @@
 The contract that Python, the command line and the SQL scripts share is told in docs/contract.md.
 """
 
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
 
-from dblock.errors import (
-    AlreadyHeld,
-    DatabaseError,
-    Error,
-    LockDeadlock,
-    LockLost,
-    LockNotHeld,
-    LockTimeout,
-    UnsafeConnection,
-)
-from dblock.lock import Lock, lock
-from dblock.names import Key, key
+TYPE_CHECKING = False  # as type checkers know it; typing itself would be the slowest of all imports
 
 if TYPE_CHECKING:
     from dblock.aio import AsyncLock, alock
+    from dblock.blocking import Lock, lock
+    from dblock.errors import (
+        AlreadyHeld,
+        DatabaseError,
+        Error,
+        LockDeadlock,
+        LockLost,
+        LockNotHeld,
+        LockTimeout,
+        UnsafeConnection,
+    )
+    from dblock.names import Key, key
 
 __all__ = [
     "AlreadyHeld",
@@ -42,11 +43,17 @@ __all__ = [
     "lock",
 ]
 
+_HOMES = {"Lock": "blocking", "lock": "blocking", "AsyncLock": "aio", "alock": "aio", "Key": "names", "key": "names"}
 
-def __getattr__(name: str) -> Any:
-    # asyncio takes longer to import than all of dblock.
-    if name in ("AsyncLock", "alock"):
-        from dblock import aio
+if not TYPE_CHECKING:
 
-        return getattr(aio, name)
-    raise AttributeError(f"module 'dblock' has no attribute {name!r}")
+    def __getattr__(name):
+        """Import what is asked for, and keep it: a step that only computes a key need not wait for the rest."""
+        if name not in __all__:
+            raise AttributeError(f"module 'dblock' has no attribute {name!r}")
+        value = getattr(import_module(f"dblock.{_HOMES.get(name, 'errors')}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

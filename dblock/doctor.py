@@ -12,9 +12,9 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from dblock.blocking import lock
 from dblock.connect import check_source, connect
 from dblock.errors import DatabaseError, Error, UnsafeConnection
-from dblock.lock import lock
 from dblock.names import Key
 
 if TYPE_CHECKING:

@@ -22,9 +22,9 @@ import psycopg
 import pytest
 
 import dblock
+from dblock.blocking import Lock
 from dblock.driver_psycopg import PsycopgSession
 from dblock.life import release_seconds
-from dblock.lock import Lock
 from dblock.protocol import Conditions, Wish
 from tests.backends import Backend, Postgres
 from tests.pooler import swallower

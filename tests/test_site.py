@@ -54,7 +54,7 @@ ELSEWHERE = {
     "README.md: dblock: b@web-01 not acquired": "compared with the real one below",
     "CONTRIBUTING.md: make test": "the targets of make are looked up below",
     "CONTRIBUTING.md: DBLOCK_TEST_ROUNDS=3000": "half an hour; its files are looked up below",
-    "CONTRIBUTING.md: lock.py, aio.py": "a drawing; test_layers.py",
+    "CONTRIBUTING.md: blocking.py, aio.py": "a drawing; test_layers.py",
     "CONTRIBUTING.md: events.py": "a drawing; test_layers.py",
     "command-line.md: dblock run --target web-01 --step b --tenant T1 --timeout 10m -- powershell": (
         "needs Windows; the same in the one that tests/windows.py makes: test_windows_run.py"

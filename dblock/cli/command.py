@@ -24,7 +24,7 @@ from dblock.errors import DatabaseError, LockLost
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from dblock.lock import Lock
+    from dblock.blocking import Lock
 
 PAUSE_SECONDS = 0.02
 

@@ -23,7 +23,7 @@ from dblock.cli.messages import say
 from dblock.cli.watcher import Watcher, has_living
 
 if TYPE_CHECKING:
-    from dblock.lock import Lock
+    from dblock.blocking import Lock
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 

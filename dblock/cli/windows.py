@@ -25,8 +25,8 @@ from dblock.cli.messages import say
 from dblock.errors import Error
 
 if TYPE_CHECKING:
+    from dblock.blocking import Lock
     from dblock.cli.windows_watcher import Watcher
-    from dblock.lock import Lock
 
 _KILLED = 128 + 9  # what 9, KILL, is on Unix
 _FOR_CMD = frozenset('"%^&|<>!\r\n')
