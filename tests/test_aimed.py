@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import dblock
-from tests.backends import Backend
+from tests.backends import Backend, SqlServer
 from tests.doors import ALL_DOORS, Attempt, Door, Wish
 from tests.support import rounds, wait_until
 
@@ -46,6 +46,8 @@ def combinations() -> list[Any]:
 @pytest.mark.parametrize(("door", "shape", "ending"), combinations())
 def test_end_aimed_at_the_grant(backend: Backend, door: Door, shape: str, ending: str) -> None:
     """The moment drifts to where both outcomes are about equally frequent."""
+    if isinstance(backend, SqlServer) and backend.is_babelfish and (shape, ending) == ("slots", "terminated"):
+        pytest.skip("Babelfish keeps what a session held that is ended within sp_getapplock: needs a SQL Server")
     outcomes = Counter[str]()
     aim = FIRST_AIM_SECONDS.get(ending, 0.0)
     with ThreadPoolExecutor() as pool:
