@@ -86,6 +86,48 @@ class Dblock:
             pass
 
 
+class DblockStatements(Raw):
+    """What dblock says, said by the driver alone: what there is at least to be sent for labels and checks."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.connection.prepare_threshold = 5  # the driver's own; of a message with one statement, as dblock leaves it
+        self.take, self.give = (text for text, _ in _said(self.connection))
+        self.life = _said(url)
+
+    def acquire(self) -> None:
+        self.connection.execute(self.take).fetchall()
+
+    def release(self) -> None:
+        self.connection.execute(self.give).fetchall()
+
+    def live(self) -> None:
+        with self.psycopg.connect(self.url, autocommit=True, prepare_threshold=None) as connection:
+            for text, pid in self.life:
+                connection.execute(text.replace(b"%d" % pid, b"%d" % connection.info.backend_pid))
+
+
+def _said(db: Any) -> list[tuple[bytes, int]]:
+    """The messages of a lock's life, each with the backend's pid, which may stand in it."""
+    import dblock
+    from dblock.driver_psycopg import PsycopgSession
+
+    said: list[tuple[bytes, int]] = []
+    rows = PsycopgSession.rows
+
+    def recording(self: PsycopgSession, text: str) -> list[Any]:
+        said.append((text.encode(), self.backend_pid))
+        return rows(self, text)
+
+    PsycopgSession.rows = recording  # type: ignore[method-assign]
+    try:
+        with dblock.lock(db, target=TARGET, step=STEP, tenant="T1"):
+            pass
+    finally:
+        PsycopgSession.rows = rows  # type: ignore[method-assign]
+    return said
+
+
 class DblockSqlalchemy(Dblock):
     def __init__(self, url: str) -> None:
         super().__init__(url)
@@ -267,6 +309,7 @@ CONTESTANTS: dict[str, Any] = {
     "raw": Raw,
     "raw SQLAlchemy": RawSqlalchemy,
     "dblock": Dblock,
+    "dblock's statements": DblockStatements,
     "dblock SQLAlchemy": DblockSqlalchemy,
     "raw pymssql": RawPymssql,
     "dblock pymssql": DblockPymssql,

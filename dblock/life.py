@@ -166,6 +166,7 @@ class Life(ABC, Generic[S]):
         self._handover = threading.Lock()
         self._locks: Sequence[ServerLock] = ()
         self._asked = 0.0  # when the last acquire began, by the monotonic clock
+        self._recorded = False  # whether its events are
         self._waits = False
         self._waiting_for: ServerLock | None = None
         self._hold: Hold[S] | None = None
@@ -319,7 +320,7 @@ class Life(ABC, Generic[S]):
         session: S | None = None
         kept = False
         self._locks = ()
-        self._asked, self._waits = time.monotonic(), False
+        self._asked, self._recorded, self._waits = time.monotonic(), events.wanted(), False
         try:
             self._warn_if_out_of_order(caller)
             session = await self._connect()
@@ -328,7 +329,7 @@ class Life(ABC, Generic[S]):
                 session = None  # the other one's, and left alone
                 raise UnsafeConnection("another lock is being acquired on this connection, by another thread or task")
             self._locks = [session.lock(wish) for wish in self._wishes]
-            report = self._report if log.isEnabledFor(logging.INFO) or events.wanted() else None
+            report = self._report if self._recorded or log.isEnabledFor(logging.INFO) else None
             steps = acquire_all(self._locks, self._conditions, timeout, report)
             outcome = await self._run(session, steps, may_report=True)
             if isinstance(outcome, Busy):
@@ -559,6 +560,8 @@ class Life(ABC, Generic[S]):
         return hold
 
     def _warn_if_out_of_order(self, caller: Hashable) -> None:
+        if not _all:
+            return
         lowest = self._wishes[0].key.value
         with _all_guard:
             others = list(_all)
@@ -576,7 +579,7 @@ class Life(ABC, Generic[S]):
 
     def _tell(self, event: events.Happening, since: float, until: float | None = None) -> None:
         """Append an event for each of the locks, where somebody wants to know."""
-        if events.wanted():
+        if self._recorded:
             more = {"step": self.step, "tenant": self.tenant, "labels": self._labels}
             about = [{"key": wish.key.value, "target": wish.target, **more} for wish in self._wishes]
             now = time.monotonic()
