@@ -17,6 +17,8 @@ PYTEST_ARGS ?=
 MINUTES ?= 20
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# The tests start Python a thousand times: what was compiled once is not compiled again.
+unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL = .venv/bin/python -m pip install --quiet
 
 .PHONY: help demo test check bench soak docs picture templates clean
