@@ -442,7 +442,7 @@ class Life(ABC, Generic[S]):
             )
         self._pass_label_on(hold)
         give_back = self._ask if hold.session.loan is None else self._run
-        if await give_back(hold.session, release_all(hold.holds)):
+        if not await give_back(hold.session, release_all(hold.holds)):
             raise LockLost(f"{self._name} was lost while it was held: the server says that this session has it no more")
 
     async def _ask_after_transaction(self, hold: Hold[S], *, at_exit: bool) -> None:

@@ -257,28 +257,27 @@ def acquire_all(
                         yield from lock.withdraw()
 
 
-def release_all(holds: Holds) -> Steps[list[ServerLock]]:
+def release_all(holds: Holds) -> Steps[bool]:
     """Give all of the locks back, the last one first, whatever becomes of the others.
 
     Returns:
-        Those that the session no longer held.
+        False: the session no longer held one of them.
 
     Raises:
         BaseException: what the first failed release raised.
     """
-    lost = []
+    held = True
     failure: BaseException | None = None
     for lock, granted in reversed(holds):
         try:
-            if not (yield from lock.release(granted)):
-                lost.append(lock)
+            held = (yield from lock.release(granted)) and held
         except GeneratorExit:
             raise
         except BaseException as error:  # noqa: BLE001 - raised below, after the others had their turn
             failure = failure or error
     if failure is not None:
         raise failure
-    return lost
+    return held
 
 
 def check_all(holds: Holds) -> Steps[bool]:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from itertools import islice
 from typing import Any
 
 import psycopg
@@ -20,6 +21,7 @@ import pytest
 
 import dblock
 from dblock.postgres import AdvisoryLock
+from dblock.protocol import FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, pauses
 from tests.backends import Backend, Postgres
 from tests.support import wait_until
 
@@ -218,6 +220,12 @@ def test_shared_holders_stay_together(postgres: Postgres) -> None:
             future.result(60)
 
 
+def test_looks_for_a_permit_become_rare() -> None:
+    seconds = list(islice(pauses(), 100))
+    assert seconds == sorted(seconds)
+    assert (seconds[0], seconds[-1]) == (FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS)
+
+
 # --- several targets --------------------------------------------------------------------------------------------------
 
 
@@ -261,7 +269,16 @@ def test_one_deadline_for_all_targets(postgres: Postgres, monkeypatch: pytest.Mo
     both.release()
     assert given[1] == 60
     assert given[2] is not None
-    assert given[2] < 60 - 0.3
+    assert 0 < given[2] < 60 - 0.3
+
+
+@pytest.mark.parametrize("held", [1, 2])
+def test_what_is_wrong_is_said_before_the_first_is_waited_for(postgres: Postgres, held: int) -> None:
+    targets = sorted(("web-01", "web-02", "web-03"), key=lambda target: dblock.key(target, "b").value)
+    with lock(postgres.url, targets[0]), psycopg.connect(postgres.url, autocommit=True) as connection:
+        connection.execute("SELECT pg_advisory_lock(%s)", (dblock.key(targets[held], "b").value,))
+        with pytest.raises(dblock.AlreadyHeld, match="holds the lock already; a lock is never taken twice"):
+            lock(connection, targets, timeout=60).acquire()
 
 
 def test_the_same_targets_in_any_order_never_deadlock(postgres: Postgres) -> None:
