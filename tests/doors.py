@@ -283,9 +283,9 @@ sed -un 's/^held *$/held/p; s/.*\\b51[0-9]* dblock: .*/refused/p; s/.*INT_EXIT.*
 def _fisql_argv(url: str, wish: Wish) -> list[str]:
     server = urlsplit(url)
     begin, commit = ("BEGIN TRANSACTION\n", "COMMIT") if wish.in_transaction else ("", "SELECT 1")
-    return ["bash", "-o", "pipefail", "-c", _FISQL, "fisql", begin + set_session_context(wish), str(TSQL / "acquire.sql"),
-            str(TSQL / "release.sql"), f"{server.hostname}:{server.port or 1433}", unquote(server.username or ""),
-            unquote(server.password or ""), server.path[1:], commit]  # fmt: skip
+    return ["bash", "-o", "pipefail", "-c", _FISQL, "fisql", begin + set_session_context(wish),
+            str(TSQL / "acquire.sql"), str(TSQL / "release.sql"), f"{server.hostname}:{server.port or 1433}",
+            unquote(server.username or ""), unquote(server.password or ""), server.path[1:], commit]  # fmt: skip
 
 
 _PYMSSQL = """
