@@ -240,8 +240,8 @@ def acquire_all(
         for lock in locks[1:]:
             yield from lock.open(conditions)  # before the first one is waited for
         for lock in locks:
-            remaining = deadline and max(0.0, deadline - time.monotonic())
-            outcome = yield from lock.acquire(conditions, remaining if taken else timeout, report)
+            remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
+            outcome = yield from lock.acquire(conditions, remaining, report)
             if isinstance(outcome, Busy):
                 return outcome
             taken.append((lock, outcome))
