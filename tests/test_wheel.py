@@ -76,7 +76,8 @@ class Environment:
     def __init__(self, python: str, folder: Path, wheel: Path, extra: str) -> None:
         run(python, "-m", "venv", "--without-pip", folder)
         self.bin = folder / ("Scripts" if sys.platform == "win32" else "bin")
-        run(sys.executable, "-m", "pip", "--python", self.bin / "python", "install", "--quiet", f"{wheel}{extra}")
+        pip = (sys.executable, "-m", "pip", "--python", self.bin / "python")
+        run(*pip, "install", "--quiet", "--no-compile", f"{wheel}{extra}")
 
     def python(self, text: str) -> str:
         return run(self.bin / "python", "-I", "-c", text).stdout

@@ -62,7 +62,8 @@ first, or begin that batch with SET NOEXEC OFF; SET PARSEONLY OFF;
 What nothing on the server can stop, so that only the runner's stop at the first error (sqlcmd -b) can:
     a command timeout, or Cancel in SSMS, cuts this script off in the middle: the session is open, without the lock.
     release.sql then says so, with 51004
-    a client that reconnects by itself goes on in a NEW session, which is open, without the lock: ConnectRetryCount=0
+    a client that reconnects by itself goes on in a NEW session, which is open, without the lock: ConnectRetryCount=0. Those of
+    Microsoft do not while a lock is held, says their documentation, but may after an acquire.sql that failed
     a step which itself says SET NOEXEC OFF opens the session again: what follows there runs without the lock
 
 The lock lasts until release.sql or the end of the session; a pool (SqlClient: Pooling=false) can keep that after Close(). It
