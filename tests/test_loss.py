@@ -183,17 +183,18 @@ def test_the_server_gives_back_after_the_holder_is_told(heartbeat: float, grace:
     assert release_seconds(heartbeat, grace) - heartbeat >= heartbeat + 5 + grace + 5
 
 
-@pytest.mark.parametrize(("heartbeat", "idle"), [(10.0, 20), (60.0, 120)])
-def test_the_servers_keepalives(postgres: Postgres, heartbeat: float, idle: int) -> None:
+@pytest.mark.parametrize(("heartbeat", "silence", "probe"), [(0, 6, 3), (10.0, 14, 7), (60.0, 114, 7)])
+def test_the_servers_keepalives(postgres: Postgres, heartbeat: float, silence: int, probe: int) -> None:
     with psycopg.connect(postgres.url, autocommit=True) as connection:
         session = PsycopgSession(connection)
         lock = session.lock(Wish(dblock.key("web-01", "b"), "web-01", "b", None))
-        session.run(lock.open(Conditions(release_seconds=release_seconds(heartbeat, 5))))
+        seconds = release_seconds(heartbeat, 5)
+        session.run(lock.open(Conditions(release_seconds=seconds)))
         found = [connection.execute(f"SHOW {name}".encode()).fetchone() for name in (
             "tcp_keepalives_idle", "tcp_keepalives_interval", "tcp_keepalives_count", "tcp_user_timeout",
             "idle_session_timeout")]  # fmt: skip
-    user_timeout = "35000" if heartbeat == 10 else "135000"
-    assert found == [(str(idle),), ("5",), ("3",), (user_timeout,), ("0",)]
+    assert silence + 3 * probe == seconds
+    assert found == [(str(silence),), (str(probe),), ("3",), (str(seconds * 1000),), ("0",)]
 
 
 @pytest.mark.parametrize("heartbeat", [-1, 0.05, 601, float("nan"), float("inf")])
