@@ -78,8 +78,8 @@ _JOINED_TO = "OPERATOR(pg_catalog.||)"
 
 _FOUND = "dblock.found_"  # what the names begin with under which a transaction keeps the caller's settings
 
-# How the server finds out that a client is gone without a word: after a silence, by so many probes, a fifth of the whole
-# time apart or less. Linux may be late by an eighth of a wait that is longer than 16 s: by default none is.
+# How the server finds out that a client is gone without a word: after a silence, by so many probes, at most a fifth of
+# the whole time apart. Linux may be late by an eighth of a wait that is longer than 16 s: by default none is.
 PROBES = 3
 LONGEST_PROBE_SECONDS = 7
 
