@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 PATIENCE_SECONDS = 60  # a limit for what hangs; nothing that works comes near it
-_PAUSE_SECONDS = 0.01
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.005, 0.04  # each look costs what it looks at some work
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = PATIENCE_SECONDS) -> None:
@@ -19,9 +19,11 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = PATI
         AssertionError: it did not within the seconds; names what was waited for.
     """
     deadline = time.monotonic() + seconds
+    pause = _FIRST_PAUSE_SECONDS
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds:g} s in vain for {what}"
-        time.sleep(_PAUSE_SECONDS)
+        time.sleep(pause)
+        pause = min(1.5 * pause, _LONGEST_PAUSE_SECONDS)
 
 
 def rounds(default: int) -> int:

@@ -98,7 +98,7 @@ def test_queue_off() -> None:
     """What is not a violation shows in the count."""
 
     def overtaken(plant: str | None) -> int:
-        plan = Plan(seconds=8, plant=plant, doors=["lock"] * 8, targets=1, long_share=0.3, patience_seconds=8,
+        plan = Plan(seconds=5, plant=plant, doors=["lock"] * 8, targets=1, long_share=0.3, patience_seconds=5,
                     faults=["cancel"])  # fmt: skip
         found = soak(plan)
         assert found["violations"] == []
