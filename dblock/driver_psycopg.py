@@ -14,12 +14,13 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 # No attributes of psycopg: it lacks these if a signal once broke off its import, and another one succeeded.
 from psycopg.errors import InvalidSqlStatementName
+from psycopg.generators import execute
 from psycopg.rows import tuple_row
 
 from dblock.aio_session import AsyncSession
 from dblock.errors import DatabaseError, UnsafeConnection
 from dblock.postgres import ENGINE, AdvisoryLock
-from dblock.protocol import Row, ServerLock, Statement, Wish
+from dblock.protocol import ANSWER_SECONDS, Row, ServerLock, Statement, Wish
 from dblock.session import (
     AnySession,
     Loan,
@@ -127,6 +128,22 @@ class PsycopgSession(_OnPsycopg, Session):
                     return _decoded(rows)
         except psycopg.Error as error:
             raise translate(error) from error
+        except BaseException:
+            # A signal's exception, which the driver does not answer to where it comes just before the wait for a reply:
+            # on a connection with a reply still to come nothing can be asked, not even whether it stands.
+            if self.busy and not self._connection.lock.locked():  # by a thread that waits for a reply of its own
+                self._break_off()
+            raise
+
+    def _break_off(self) -> None:
+        """End the statement that is under way, or the connection."""
+        try:
+            self._connection.cancel_safe(timeout=ANSWER_SECONDS)
+            self._connection.wait(execute(self._connection.pgconn))
+        except BaseException as error:
+            self.close()
+            if not isinstance(error, Exception):
+                raise
 
     def _close(self) -> None:
         # The socket goes even where the driver could not say goodbye.

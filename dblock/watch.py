@@ -36,15 +36,15 @@ class Watch:
         self._held = held
         self._socket = duplicate(descriptor)
         self._wake, self._stop = socket.socketpair()
+        self._sockets_owned = threading.Lock()  # whoever acquires it closes them
         self._thread = threading.Thread(target=self._run, name="dblock watch", daemon=True)
         try:
             self._thread.start()
         except BaseException:
-            # A signal's exception, which can come when the thread runs already: then the closing is its own.
+            # A signal's exception, which can come before, while or after the thread begins to run.
             self.end()
-            if self._thread.ident is None:
-                self._socket.close()
-                self._wake.close()
+            if self._sockets_owned.acquire(blocking=False):
+                self._close()
             raise
 
     def end(self) -> None:
@@ -58,6 +58,8 @@ class Watch:
             self._thread.join()
 
     def _run(self) -> None:
+        if not self._sockets_owned.acquire(blocking=False):
+            return
         try:
             with selectors.DefaultSelector() as selector:
                 selector.register(self._wake, selectors.EVENT_READ)
@@ -69,8 +71,11 @@ class Watch:
                     if ready and has_input(self._socket.fileno()) and self._paused():
                         return
         finally:
-            self._socket.close()
-            self._wake.close()
+            self._close()
+
+    def _close(self) -> None:
+        self._socket.close()
+        self._wake.close()
 
     def _paused(self) -> bool:
         """Pause. True: it was stopped meanwhile."""

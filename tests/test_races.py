@@ -8,10 +8,14 @@ so that it stays where both are about equally frequent, on a fast machine and on
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
@@ -21,8 +25,10 @@ import pytest
 import dblock
 from dblock.driver_psycopg import PsycopgSession
 from dblock.protocol import Conditions, Granted, Wish
+from tests import interrupted
 from tests.support import rounds, wait_until
 
+ROOT = Path(__file__).parent.parent
 KEY = dblock.key("web-01", "b")
 TIMEOUT_SECONDS = 0.008
 LEAST_SHARE = 0.05  # of the tries that each outcome must have
@@ -321,3 +327,20 @@ def test_the_drivers_cancel_meets_grant(public_lock: PublicLock, holder: Holder,
             aim.learn(too_late=reported == CANCELLED)  # here the moment is that of the release
             assert reported in (HELD, CANCELLED)
             witness.check(public_lock, reported)
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("kind", interrupted.KINDS)
+@pytest.mark.timeout(600)
+def test_a_signal_meets_grant(url: str, kind: str, number: str) -> None:
+    """Without a word of a loss, and the caller's connection lives on."""
+    tries = rounds(50)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.interrupted", url, kind, number, str(tries)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    print(kind, number, found)
+    assert found.get("held", 0) + found.get("not held", 0) == tries
+    assert found.get("connections", 1) == 1
