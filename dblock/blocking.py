@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from dblock.connect import check_source, connect, is_callers
 from dblock.life import GRACE_SECONDS, UNSET, Arguments, Life, Unset, Watcher, at_once, check_timeout
-from dblock.protocol import ANSWER_SECONDS, Look, ServerLock, Steps, T
-from dblock.session import AnswerDue, Scope, Session
+from dblock.protocol import Look, ServerLock, Steps, T
+from dblock.session import Scope, Session, answered_in_time
 from dblock.watch import Watch
 
 if TYPE_CHECKING:
@@ -200,15 +200,8 @@ class Lock(Life[Session]):
         return session.run(steps, (lambda: at_once(self._report_from_outside())) if may_report else None)
 
     async def _ask(self, session: Session, steps: Steps[T]) -> T:
-        with AnswerDue(session.fileno()) as due:
-            timer = threading.Timer(ANSWER_SECONDS, due.expire)
-            timer.daemon = True
-            timer.start()
-            try:
-                return session.run(steps)
-            finally:
-                timer.cancel()
-                timer.join()
+        with answered_in_time(session.fileno()):
+            return session.run(steps)
 
     async def _leave(self, session: Session, *, granted: bool) -> None:
         session.leave(granted=granted)

@@ -26,6 +26,7 @@ from dblock.session import (
     Loan,
     Scope,
     Session,
+    answered_in_time,
     has_input,
     hide_password,
     notice_dead_network,
@@ -129,8 +130,8 @@ class PsycopgSession(_OnPsycopg, Session):
         except psycopg.Error as error:
             raise translate(error) from error
         except BaseException:
-            # A signal's exception, which the driver does not answer to where it comes just before the wait for a reply:
-            # on a connection with a reply still to come nothing can be asked, not even whether it stands.
+            # A signal's exception. The driver ends the statement only for a KeyboardInterrupt that meets its waiting,
+            # and while a reply is still to come nothing can be asked, not even whether the connection stands.
             if self.busy and not self._connection.lock.locked():  # by a thread that waits for a reply of its own
                 self._break_off()
             raise
@@ -139,7 +140,8 @@ class PsycopgSession(_OnPsycopg, Session):
         """End the statement that is under way, or the connection."""
         try:
             self._connection.cancel_safe(timeout=ANSWER_SECONDS)
-            self._connection.wait(execute(self._connection.pgconn))
+            with answered_in_time(self.fileno()):
+                self._connection.wait(execute(self._connection.pgconn))
         except BaseException as error:
             self.close()
             if not isinstance(error, Exception):

@@ -10,9 +10,9 @@ import selectors
 import socket
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import closing, suppress
-from threading import Lock, RLock
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from threading import Lock, RLock, Timer
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dblock.errors import DatabaseError
@@ -265,6 +265,20 @@ class AnswerDue:
         self._socket.close()
         if self._expired and isinstance(error, DatabaseError):
             raise DatabaseError(f"the server did not answer within {ANSWER_SECONDS} s") from error
+
+
+@contextmanager
+def answered_in_time(descriptor: int) -> Iterator[None]:
+    """Stand around a wait for an answer in a thread that blocks: see `AnswerDue`."""
+    with AnswerDue(descriptor) as due:
+        timer = Timer(ANSWER_SECONDS, due.expire)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            timer.join()
 
 
 def notice_dead_network(descriptor: int) -> None:

@@ -7,6 +7,7 @@ or the text is never sent. Aimed tries find some of these moments (``test_races.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import psycopg
@@ -200,3 +201,57 @@ def test_a_cancel_that_really_meets_the_release(url: str, in_transaction: bool) 
             canceling.join()
             connection.rollback()
             assert held_by(admin, pid) == []
+
+
+class Signalled(BaseException):
+    """What a signal's handler raises."""
+
+
+@pytest.fixture
+def signalled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Let a signal's exception come between the next message's sending and the wait for its reply."""
+    due = False
+    wait = psycopg.Connection.wait
+
+    def wait_or_raise(self: psycopg.Connection[Any], steps: Any, *arguments: Any, **more: Any) -> Any:
+        nonlocal due
+        if due:
+            due = False
+            next(steps)
+            raise Signalled
+        return wait(self, steps, *arguments, **more)
+
+    def make_due() -> None:
+        nonlocal due
+        due = True
+
+    monkeypatch.setattr(psycopg.Connection, "wait", wait_or_raise)
+    yield make_due
+    assert not due
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own", "caller's"])
+def test_a_signal_just_before_the_wait_for_a_reply(url: str, own: bool, signalled: Callable[[], None]) -> None:
+    """The lock can be asked after as before; and it is released without a word of a loss."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        with dblock.lock(url if own else connection, target="web-01", step="b") as held:
+            signalled()
+            with pytest.raises(Signalled):
+                held.check()
+            assert held.held
+            held.check()
+        assert not connection.closed
+
+
+def test_a_statement_that_cannot_be_broken_off_ends_with_its_connection(
+    url: str, signalled: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the cancel is lost on its way; the caller gets the signal's exception, and no other one."""
+    monkeypatch.setattr("dblock.session.ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(psycopg.Connection, "cancel_safe", lambda *_, **__: None)
+    with psycopg.connect(url, autocommit=True) as connection:
+        asked = PsycopgSession(connection, Loan(connection, False, rollback=connection.rollback))
+        signalled()
+        with pytest.raises(Signalled):
+            asked.rows("SELECT pg_sleep(20)")
+        assert connection.closed

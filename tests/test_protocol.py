@@ -141,20 +141,16 @@ def test_all_or_none() -> None:
     assert said[-3:] == ["acquire three", "withdraw two", "withdraw one"]
 
 
-def test_one_that_fails_takes_the_others_back() -> None:
+@pytest.mark.parametrize(("where", "withdrawn"), [
+    ("acquire", ["withdraw two", "withdraw one"]),
+    ("settle", ["withdraw three", "withdraw two", "withdraw one"]),
+])  # fmt: skip
+def test_one_that_fails_takes_the_others_back(where: str, withdrawn: list[str]) -> None:
     said: list[str] = []
-    found = locks(said, two={"acquire": DatabaseError("refused")})
+    found = locks(said, two={where: DatabaseError("refused")})
     with pytest.raises(DatabaseError, match="refused"):
         finish(acquire_all(found, CONDITIONS, 5, None))
-    assert said[-3:] == ["acquire two", "withdraw two", "withdraw one"]
-
-
-def test_one_that_cannot_be_settled_takes_all_back() -> None:
-    said: list[str] = []
-    found = locks(said, two={"settle": DatabaseError("refused")})
-    with pytest.raises(DatabaseError, match="refused"):
-        finish(acquire_all(found, CONDITIONS, 5, None))
-    assert said[-3:] == ["withdraw three", "withdraw two", "withdraw one"]
+    assert said[said.index(f"{where} two") + 1 :] == withdrawn
 
 
 @pytest.mark.parametrize("lost", ["one", "two", "three", None])
