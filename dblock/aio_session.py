@@ -13,7 +13,7 @@ from inspect import isawaitable
 from typing import Any
 
 from dblock.protocol import HangUp, Message, Pause, Row, Steps, T, Wait
-from dblock.session import AnySession, Loan, shut_down
+from dblock.session import AnySession, Loan, finished, shut_down
 
 
 class AsyncSession(AnySession):
@@ -67,7 +67,7 @@ class AsyncSession(AnySession):
                 result: T = end.value
                 return result
             finally:
-                if getattr(steps, "gi_frame", None) is not None:
+                if not finished(steps):
                     await self.close()
                     with suppress(RuntimeError):
                         steps.close()

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from dblock.connect import check_source, connect, is_callers
-from dblock.life import GRACE_SECONDS, UNSET, Arguments, Life, Unset, Watcher, at_once, check_timeout
+from dblock.life import GRACE_SECONDS, UNSET, Arguments, Attempt, Life, Unset, Watcher, at_once, check_timeout
 from dblock.protocol import Look, ServerLock, Steps, T
 from dblock.session import Scope, Session, answered_in_time
 from dblock.watch import Watch
@@ -144,7 +144,12 @@ class Lock(Life[Session]):
             ValueError: the timeout is out of its limits, or db cannot be read.
         """
         seconds = self._timeout if isinstance(timeout, Unset) else check_timeout(timeout)
-        return at_once(self._acquire(seconds, threading.get_ident())) is None
+        attempt: Attempt[Session] = Attempt(threading.get_ident())
+        try:
+            return at_once(self._acquire(seconds, attempt)) is None
+        except BaseException as error:
+            at_once(self._withdraw(attempt, error))
+            raise
 
     def release(self) -> None:
         """Give the lock back, and close its connection where that is its own.
@@ -162,7 +167,12 @@ class Lock(Life[Session]):
 
     def __enter__(self) -> Self:
         """Acquire, or raise: the body never runs without the lock."""
-        at_once(self._enter(threading.get_ident()))
+        attempt: Attempt[Session] = Attempt(threading.get_ident())
+        try:
+            at_once(self._enter(attempt))
+        except BaseException as error:
+            at_once(self._withdraw(attempt, error))
+            raise
         return self
 
     def __exit__(
@@ -216,7 +226,8 @@ class Lock(Life[Session]):
         self.lost.set()
 
     def _forget_loss(self) -> None:
-        self.lost.clear()
+        if self.lost.is_set():  # a signal's exception within clear() would leave the event locked
+            self.lost.clear()
 
     async def _look_from_outside(self, lock: ServerLock) -> Look | None:
         if is_callers(self._db):

@@ -10,7 +10,7 @@ Imported only when something of SQLAlchemy's is given.
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
@@ -124,12 +124,9 @@ def _marked(loan: Loan, proxied: PoolProxiedConnection, scope: Scope) -> Loan:
     if scope == "transaction":
         marks.transaction = True
         return loan
-    marks.locks += 1
-
-    def returned() -> None:
-        marks.locks -= 1
-
-    return loan._replace(returned=returned)
+    mark = object()
+    marks.locks.add(mark)
+    return loan._replace(returned=lambda: marks.locks.discard(mark))
 
 
 # --- the pool ---------------------------------------------------------------------------------------------------------
@@ -139,7 +136,7 @@ def _marked(loan: Loan, proxied: PoolProxiedConnection, scope: Scope) -> Loan:
 class _Marks:
     """What dblock may have left on a pooled connection."""
 
-    locks: int = 0
+    locks: set[object] = field(default_factory=set)
     transaction: bool = False
 
 

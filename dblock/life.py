@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Hashable, Mapping, Sequence
 from datetime import datetime, timezone
 from math import ceil
-from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Protocol, TypedDict, TypeVar
 
 from dblock import events, label, names
 from dblock.errors import AlreadyHeld, DatabaseError, LockLost, LockNotHeld, LockTimeout, UnsafeConnection
@@ -85,6 +85,15 @@ class Watcher(Protocol):
     async def stop(self) -> None:
         """End it, and wait until it is gone."""
         ...
+
+
+class Attempt(Generic[S]):
+    """One call of acquire, and what there is to be undone should its caller be told that nothing is held."""
+
+    def __init__(self, caller: Hashable) -> None:
+        self.caller = caller  # the thread or task
+        self.session: S | None = None
+        self.hold: Hold[S] | None = None
 
 
 class Hold(Generic[S]):
@@ -161,8 +170,9 @@ class Life(ABC, Generic[S]):
         ]
         # In the contract's order, so that two callers with the same targets never wait for each other.
         self._wishes = sorted(wishes, key=lambda wish: wish.key.value)
-        # Held from the beginning of an acquire to the end of the release: a second entry finds it taken.
-        self._entered = threading.Lock()
+        # The attempt that has the lock object, from its beginning to the end of the release. Only by `setdefault` does
+        # it get there: a signal's exception comes before that or after it.
+        self._in_use: dict[Literal["by"], Attempt[S]] = {}
         self._handover = threading.Lock()
         self._locks: Sequence[ServerLock] = ()
         self._asked = 0.0  # when the last acquire began, by the monotonic clock
@@ -282,22 +292,12 @@ class Life(ABC, Generic[S]):
 
     # --- the life -------------------------------------------------------------------------------------------------
 
-    async def _enter(self, caller: Hashable) -> None:
+    async def _enter(self, attempt: Attempt[S]) -> None:
         """Acquire, or raise: the body never runs without the lock."""
-        hold_before = self._hold
-        try:
-            busy = await self._acquire(self._timeout, caller)
-            if busy is None:
-                return
-        except BaseException:
-            # A signal's exception can arrive when the lock is held already and its body not yet begun. What another
-            # thread has acquired meanwhile stays.
-            hold = self._hold
-            if hold is not None and hold is not hold_before and hold.caller == caller:
-                await self._abandon(hold)
-            raise
-        waited = f"in {_seconds(self._timeout)}" if self._timeout else "without waiting"
-        raise LockTimeout(f"{_name(busy.wish)} not acquired {waited}: {_in_the_way(busy.wish, busy.look)}")
+        busy = await self._acquire(self._timeout, attempt)
+        if busy is not None:
+            waited = f"in {_seconds(self._timeout)}" if self._timeout else "without waiting"
+            raise LockTimeout(f"{_name(busy.wish)} not acquired {waited}: {_in_the_way(busy.wish, busy.look)}")
 
     async def _exit(self, error: BaseException | None) -> None:
         hold = self._hold
@@ -310,63 +310,72 @@ class Life(ABC, Generic[S]):
             if hold is None or not hold.lost:
                 log.error("%s", lost)  # noqa: TRY400 - what, and not where
 
-    async def _acquire(self, timeout: float | None, caller: Hashable) -> Busy | None:
-        """Take the lock and return None, or return who is in the way."""
+    async def _acquire(self, timeout: float | None, attempt: Attempt[S]) -> Busy | None:
+        """Take the lock and return None, or return who is in the way.
+
+        Whoever calls this withdraws the attempt on every exception; in a blocking lock in its outermost frame, since a
+        signal's exception can come as late as on the way back into that.
+        """
         await self._forget_ended_transaction()
-        if not self._entered.acquire(blocking=False):
+        if self._in_use.setdefault("by", attempt) is not attempt:
             raise AlreadyHeld(
                 f"{self._name} is already held, or being acquired, by this lock object; make one lock for each caller"
             )
-        session: S | None = None
-        kept = False
         self._locks = ()
         self._asked, self._recorded, self._waits = time.monotonic(), events.wanted(), False
+        self._warn_if_out_of_order(attempt.caller)
         try:
-            self._warn_if_out_of_order(caller)
             session = await self._connect()
             if session.loan is not None and not claim(session.loan.connection, self):
                 session.loan.returned()
-                session = None  # the other one's, and left alone
                 raise UnsafeConnection("another lock is being acquired on this connection, by another thread or task")
+            attempt.session = session
             self._locks = [session.lock(wish) for wish in self._wishes]
             report = self._report if self._recorded or log.isEnabledFor(logging.INFO) else None
             steps = acquire_all(self._locks, self._conditions, timeout, report)
             outcome = await self._run(session, steps, may_report=True)
-            if isinstance(outcome, Busy):
-                self._tell("timed out", self._asked)
-                return outcome
-            self._forget_loss()
-            self._hold = Hold(session, outcome, caller)
-            with _all_guard:
-                _all.add(self)
-            if session.loan is None:
-                _kept.add(self)
-                if self._watched:
-                    self._hold.watcher = self._start_watcher(session)
-            self._tell("acquired", self._asked)
-            kept = True
         except DatabaseError as error:
             raise DatabaseError(f"{self._name} not acquired: {error}", error.sqlstate) from error
-        finally:
-            unclaim(self)
-            if not kept:
-                hold, self._hold = self._hold, None
-                if hold is not None and hold.watcher is not None:
-                    await hold.watcher.stop()
-                if session is not None and any(lock.may_hold for lock in self._locks):
-                    await self._hang_up(session)  # a signal's exception came between the grant and its being noted
-                await self._end(session, granted=False)
+        if isinstance(outcome, Busy):
+            self._tell("timed out", self._asked)
+            await self._withdraw(attempt)
+            return outcome
+        unclaim(self)
+        self._forget_loss()
+        hold = attempt.hold = self._hold = Hold(session, outcome, attempt.caller)
+        with _all_guard:
+            _all.add(self)
+        if session.loan is None:
+            _kept.add(self)
+            if self._watched:
+                hold.watcher = self._start_watcher(session)
+        self._tell("acquired", self._asked)
         return None
 
-    async def _abandon(self, hold: Hold[S]) -> None:
-        """Give up what was granted in the instant in which its caller was told otherwise."""
-        if self._scope == "session":
-            await self._release(at_exit=True)
+    async def _withdraw(self, attempt: Attempt[S], error: BaseException | None = None) -> None:
+        """Undo an attempt whose caller is told that nothing is held.
+
+        Where an exception breaks this off, a second call does the rest.
+
+        Args:
+            attempt: the attempt.
+            error: what its caller is told. No error of the giving back hides it.
+        """
+        if self._in_use.get("by") is not attempt:
+            return
+        unclaim(self)
+        session, hold = attempt.session, attempt.hold
+        if hold is not None and self._scope == "session":
+            await self._exit(error)
             return
         self._hold = None
-        if hold.session.loan is not None and not hold.session.loan.began:
-            await self._hang_up(hold.session)  # nothing less gives it back
-        await self._end(hold.session, granted=False)
+        if session is not None:
+            in_callers_transaction = hold is not None and session.loan is not None and not session.loan.began
+            unknown = hold is None and any(lock.may_hold for lock in self._locks)
+            if in_callers_transaction or unknown:
+                await self._hang_up(session)  # nothing less gives it back
+            await self._put_away(session, granted=False)
+        self._in_use.clear()
 
     async def _release(self, *, at_exit: bool = False) -> None:
         """Give the lock back, and tell of it.
@@ -411,9 +420,12 @@ class Life(ABC, Generic[S]):
             raise LockLost(f"{self._name} was lost while it was held: {error}") from error
         finally:
             if hold is not None and not refused:
-                if self._scope == "session" and any(lock.may_hold for lock, _ in hold.holds):
-                    await self._hang_up(hold.session)  # it was not given back, whatever it was that came in between
-                await self._end(hold.session, granted=True)
+                try:
+                    if self._scope == "session" and any(lock.may_hold for lock, _ in hold.holds):
+                        await self._hang_up(hold.session)  # it was not given back, whatever it was that came in between
+                    await self._put_away(hold.session, granted=True)
+                finally:
+                    self._in_use.clear()
 
     def _pass_label_on(self, hold: Hold[S]) -> None:
         """Where a lock was taken after this one on the same connection, it is its release that ends the labels."""
@@ -529,17 +541,19 @@ class Life(ABC, Generic[S]):
                 if self._hold is not hold:
                     return
                 self._hold = None
-            await self._end(hold.session, granted=True)
+            try:
+                await self._put_away(hold.session, granted=True)
+            finally:
+                self._in_use.clear()
 
-    async def _end(self, session: S | None, *, granted: bool) -> None:
+    async def _put_away(self, session: S, *, granted: bool) -> None:
+        """Be done with the connection, and with what is kept of the lock."""
         try:
-            if session is not None:
-                await self._leave(session, granted=granted)
+            await self._leave(session, granted=granted)
         finally:
             with _all_guard:
                 _all.discard(self)
             _kept.discard(self)
-            self._entered.release()
 
     # --- pieces ---------------------------------------------------------------------------------------------------
 

@@ -173,20 +173,22 @@ class Session(AnySession):
             meanwhile: is called now and then while one statement waits for long.
         """
         with self._turn:
+            step: Callable[[Any], Message] = steps.send
+            value: Any = None
             try:
-                message = next(steps)
                 while True:
                     try:
-                        row = self._execute(message, meanwhile)
-                    except BaseException as error:  # noqa: BLE001 - the generator re-raises it after giving back
-                        message = steps.throw(error)
-                    else:
-                        message = steps.send(row)
+                        value = self._execute(step(value), meanwhile)
+                        step = steps.send
+                    except BaseException as error:
+                        if finished(steps):
+                            raise  # its own
+                        step, value = steps.throw, error  # it gives back, and raises it again
             except StopIteration as end:
                 result: T = end.value
                 return result
             finally:
-                if getattr(steps, "gi_frame", None) is not None:
+                if not finished(steps):
                     # A signal's exception came in between, and what had been taken could not be given back.
                     self.close()
                     with suppress(RuntimeError):
@@ -217,6 +219,11 @@ class Session(AnySession):
             return ()
         rows = self.wait(message, meanwhile) if isinstance(message, Wait) else self.rows(message)
         return rows[0] if rows else ()
+
+
+def finished(steps: Steps[Any]) -> bool:
+    """Whether a generator has come to its end: it is only run to that."""
+    return getattr(steps, "gi_frame", None) is None
 
 
 def has_input(descriptor: int) -> bool:

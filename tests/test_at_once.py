@@ -6,6 +6,7 @@ import asyncio
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -224,13 +225,13 @@ def alarms() -> Iterator[None]:
 
 
 def interrupted(action: Callable[[], object], seconds: float) -> bool:
-    """Act, with a signal on its way. Whether the exception of its handler came out."""
+    """Act, with a signal on its way. Whether the exception of its handler came out of that, and not after it."""
     try:
         signal.setitimer(signal.ITIMER_REAL, seconds)
         action()
         signal.setitimer(signal.ITIMER_REAL, 0)
-    except SignalledError:
-        return True
+    except SignalledError as error:
+        return len(traceback.extract_tb(error.__traceback__)) > 2  # more than this function and the handler
     return False
 
 
@@ -300,6 +301,7 @@ def test_held_leaves_the_callers_rows_alone(mssql: SqlServer) -> None:
 
 
 def test_held_on_a_connection_that_the_caller_closed(mssql: SqlServer) -> None:
+    """Also where its descriptor is another connection's by now."""
     import pymssql
 
     from dblock.driver_pymssql import _arguments
@@ -307,7 +309,15 @@ def test_held_on_a_connection_that_the_caller_closed(mssql: SqlServer) -> None:
     connection = pymssql.connect(**_arguments(mssql.url), autocommit=True)
     lock = dblock.lock(connection, **WISH)
     lock.acquire()
+    descriptor = lock.fileno()
     connection.close()
     assert not lock.held
+    with pymssql.connect(**_arguments(mssql.url), autocommit=True) as another:
+        other = dblock.lock(another, target="web-02", step="b")
+        with other:
+            assert other.fileno() == descriptor
+            assert not lock.held
     with pytest.raises(dblock.LockLost):
         lock.release()
+    with pytest.raises(dblock.UnsafeConnection, match="closed"):
+        lock.acquire()
