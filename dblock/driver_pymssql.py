@@ -116,7 +116,7 @@ class PymssqlSession(Session):
 
     def fileno(self) -> int:
         if self._socket is None or self._closed:
-            raise OSError("no message was sent on this connection, or it is closed")
+            raise DatabaseError("no message was sent on this connection, or it is closed")
         return self._socket
 
     def _close(self) -> None:

@@ -246,6 +246,7 @@ class Life(ABC, Generic[S]):
 
         Raises:
             LockNotHeld: the lock is not held by this object.
+            DatabaseError: its connection is closed.
         """
         hold = self._hold
         if hold is None:

@@ -91,7 +91,11 @@ class AnySession(ABC):
 
     @abstractmethod
     def fileno(self) -> int:
-        """The descriptor of the connection's socket."""
+        """The descriptor of the connection's socket.
+
+        Raises:
+            DatabaseError: it has none, or none any more.
+        """
 
     @property
     @abstractmethod
