@@ -284,12 +284,13 @@ def answered_in_time(descriptor: int) -> Iterator[None]:
     with AnswerDue(descriptor) as due:
         timer = Timer(ANSWER_SECONDS, due.expire)
         timer.daemon = True
-        timer.start()
         try:
+            timer.start()
             yield
         finally:
             timer.cancel()
-            timer.join()
+            if timer.is_alive():  # or a signal's exception came while it was started
+                timer.join()
 
 
 def notice_dead_network(descriptor: int) -> None:
