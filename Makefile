@@ -46,7 +46,6 @@ bench: .venv/with-everything
 
 # What was found lands in .soak/ as well; DBLOCK_TEST_MSSQL_URL brings a SQL Server in.
 soak: .venv/with-everything
-	@mkdir -p .soak
 	@.venv/bin/python -m tests.soak --minutes $(MINUTES) --json .soak/found.json
 
 docs: .venv/with-everything

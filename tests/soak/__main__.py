@@ -292,6 +292,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found there")
     parser.add_argument("--log", type=Path, metavar="FILE", help="write all events there")
     args = parser.parse_args()
+    for file in filter(None, (args.json, args.log)):
+        file.parent.mkdir(parents=True, exist_ok=True)  # before the work of many minutes, and not after it
     for number in (signal.SIGINT, signal.SIGTERM):  # the first one is ignored in the background
         signal.signal(number, interrupted)
     plan = Plan(seconds=args.minutes * 60, log=args.log, mssql_url=os.environ.get("DBLOCK_TEST_MSSQL_URL"))
