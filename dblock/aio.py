@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from dblock.aio_session import AsyncSession, until_done
 from dblock.connect import check_source, connect_async, is_callers
-from dblock.life import GRACE_SECONDS, UNSET, Arguments, Attempt, Life, Unset, Watcher, check_timeout
+from dblock.life import GRACE_SECONDS, UNSET, Acquisition, Arguments, Life, Unset, Watcher, check_timeout
 from dblock.protocol import ANSWER_SECONDS, Look, ServerLock, Steps, T
 from dblock.session import AnswerDue, Scope, duplicate, has_input
 from dblock.watch import PAUSE_SECONDS
@@ -118,7 +118,7 @@ class AsyncLock(Life[AsyncSession]):
             CancelledError: the task was cancelled. Nothing is held.
         """
         seconds = self._timeout if isinstance(timeout, Unset) else check_timeout(timeout)
-        return await self._or_nothing(lambda attempt: self._acquire(seconds, attempt)) is None
+        return await self._or_nothing(lambda acquisition: self._acquire(seconds, acquisition)) is None
 
     async def release(self) -> None:
         """Give the lock back, as `dblock.Lock.release` does.
@@ -157,21 +157,21 @@ class AsyncLock(Life[AsyncSession]):
 
         return locked
 
-    async def _or_nothing(self, acquire: Callable[[Attempt[AsyncSession]], Coroutine[Any, Any, T]]) -> T:
+    async def _or_nothing(self, acquire: Callable[[Acquisition[AsyncSession]], Coroutine[Any, Any, T]]) -> T:
         """Acquire, such that nothing is held where the caller is cancelled."""
-        attempt: Attempt[AsyncSession] = Attempt(asyncio.current_task())
+        acquisition: Acquisition[AsyncSession] = Acquisition(asyncio.current_task())
 
         async def acquire_or_withdraw() -> T:
             try:
-                return await acquire(attempt)
+                return await acquire(acquisition)
             except BaseException as error:
-                await self._withdraw(attempt, error)
+                await self._withdraw(acquisition, error)
                 raise
 
         try:
             return await _to_its_end(acquire_or_withdraw(), hasten=True)
         except asyncio.CancelledError as error:
-            await _to_its_end(self._withdraw(attempt, error), hasten=True)  # granted in the same instant
+            await _to_its_end(self._withdraw(acquisition, error), hasten=True)  # granted in the same instant
             raise
 
     async def _connect(self) -> AsyncSession:

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from dblock.connect import check_source, connect, is_callers
-from dblock.life import GRACE_SECONDS, UNSET, Arguments, Attempt, Life, Unset, Watcher, at_once, check_timeout
+from dblock.life import GRACE_SECONDS, UNSET, Acquisition, Arguments, Life, Unset, Watcher, at_once, check_timeout
 from dblock.protocol import Look, ServerLock, Steps, T
 from dblock.session import Scope, Session, answered_in_time
 from dblock.watch import Watch
@@ -144,11 +144,11 @@ class Lock(Life[Session]):
             ValueError: the timeout is out of its limits, or db cannot be read.
         """
         seconds = self._timeout if isinstance(timeout, Unset) else check_timeout(timeout)
-        attempt: Attempt[Session] = Attempt(threading.get_ident())
+        acquisition: Acquisition[Session] = Acquisition(threading.get_ident())
         try:
-            return at_once(self._acquire(seconds, attempt)) is None
+            return at_once(self._acquire(seconds, acquisition)) is None
         except BaseException as error:
-            at_once(self._withdraw(attempt, error))
+            at_once(self._withdraw(acquisition, error))
             raise
 
     def release(self) -> None:
@@ -167,11 +167,11 @@ class Lock(Life[Session]):
 
     def __enter__(self) -> Self:
         """Acquire, or raise: the body never runs without the lock."""
-        attempt: Attempt[Session] = Attempt(threading.get_ident())
+        acquisition: Acquisition[Session] = Acquisition(threading.get_ident())
         try:
-            at_once(self._enter(attempt))
+            at_once(self._enter(acquisition))
         except BaseException as error:
-            at_once(self._withdraw(attempt, error))
+            at_once(self._withdraw(acquisition, error))
             raise
         return self
 

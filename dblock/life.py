@@ -87,7 +87,7 @@ class Watcher(Protocol):
         ...
 
 
-class Attempt(Generic[S]):
+class Acquisition(Generic[S]):
     """One call of acquire, and what there is to be undone should its caller be told that nothing is held."""
 
     def __init__(self, caller: Hashable) -> None:
@@ -170,9 +170,9 @@ class Life(ABC, Generic[S]):
         ]
         # In the contract's order, so that two callers with the same targets never wait for each other.
         self._wishes = sorted(wishes, key=lambda wish: wish.key.value)
-        # The attempt that has the lock object, from its beginning to the end of the release. Only by `setdefault` does
-        # it get there: a signal's exception comes before that or after it.
-        self._in_use: dict[Literal["by"], Attempt[S]] = {}
+        # The acquisition that has the lock object, from its beginning to the end of the release. It gets there by
+        # `setdefault`, so that a signal's exception comes before that or after it.
+        self._in_use: dict[Literal["by"], Acquisition[S]] = {}
         self._handover = threading.Lock()
         self._locks: Sequence[ServerLock] = ()
         self._asked = 0.0  # when the last acquire began, by the monotonic clock
@@ -293,9 +293,9 @@ class Life(ABC, Generic[S]):
 
     # --- the life -------------------------------------------------------------------------------------------------
 
-    async def _enter(self, attempt: Attempt[S]) -> None:
+    async def _enter(self, acquisition: Acquisition[S]) -> None:
         """Acquire, or raise: the body never runs without the lock."""
-        busy = await self._acquire(self._timeout, attempt)
+        busy = await self._acquire(self._timeout, acquisition)
         if busy is not None:
             waited = f"in {_seconds(self._timeout)}" if self._timeout else "without waiting"
             raise LockTimeout(f"{_name(busy.wish)} not acquired {waited}: {_in_the_way(busy.wish, busy.look)}")
@@ -311,26 +311,26 @@ class Life(ABC, Generic[S]):
             if hold is None or not hold.lost:
                 log.error("%s", lost)  # noqa: TRY400 - what, and not where
 
-    async def _acquire(self, timeout: float | None, attempt: Attempt[S]) -> Busy | None:
+    async def _acquire(self, timeout: float | None, acquisition: Acquisition[S]) -> Busy | None:
         """Take the lock and return None, or return who is in the way.
 
-        Whoever calls this withdraws the attempt on every exception; in a blocking lock in its outermost frame, since a
-        signal's exception can come as late as on the way back into that.
+        Whoever calls this withdraws the acquisition on every exception; in a blocking lock in its outermost frame,
+        since a signal's exception can come as late as on the way back into that.
         """
         await self._forget_ended_transaction()
-        if self._in_use.setdefault("by", attempt) is not attempt:
+        if self._in_use.setdefault("by", acquisition) is not acquisition:
             raise AlreadyHeld(
                 f"{self._name} is already held, or being acquired, by this lock object; make one lock for each caller"
             )
         self._locks = ()
         self._asked, self._recorded, self._waits = time.monotonic(), events.wanted(), False
-        self._warn_if_out_of_order(attempt.caller)
+        self._warn_if_out_of_order(acquisition.caller)
         try:
             session = await self._connect()
             if session.loan is not None and not claim(session.loan.connection, self):
                 session.loan.returned()
                 raise UnsafeConnection("another lock is being acquired on this connection, by another thread or task")
-            attempt.session = session
+            acquisition.session = session
             self._locks = [session.lock(wish) for wish in self._wishes]
             report = self._report if self._recorded or log.isEnabledFor(logging.INFO) else None
             steps = acquire_all(self._locks, self._conditions, timeout, report)
@@ -339,11 +339,11 @@ class Life(ABC, Generic[S]):
             raise DatabaseError(f"{self._name} not acquired: {error}", error.sqlstate) from error
         if isinstance(outcome, Busy):
             self._tell("timed out", self._asked)
-            await self._withdraw(attempt)
+            await self._withdraw(acquisition)
             return outcome
         unclaim(self)
         self._forget_loss()
-        hold = attempt.hold = self._hold = Hold(session, outcome, attempt.caller)
+        hold = acquisition.hold = self._hold = Hold(session, outcome, acquisition.caller)
         with _all_guard:
             _all.add(self)
         if session.loan is None:
@@ -353,19 +353,19 @@ class Life(ABC, Generic[S]):
         self._tell("acquired", self._asked)
         return None
 
-    async def _withdraw(self, attempt: Attempt[S], error: BaseException | None = None) -> None:
-        """Undo an attempt whose caller is told that nothing is held.
+    async def _withdraw(self, acquisition: Acquisition[S], error: BaseException | None = None) -> None:
+        """Undo an acquisition whose caller is told that nothing is held.
 
         Where an exception breaks this off, a second call does the rest.
 
         Args:
-            attempt: the attempt.
+            acquisition: that of the call that raises.
             error: what its caller is told. No error of the giving back hides it.
         """
-        if self._in_use.get("by") is not attempt:
+        if self._in_use.get("by") is not acquisition:
             return
         unclaim(self)
-        session, hold = attempt.session, attempt.hold
+        session, hold = acquisition.session, acquisition.hold
         if hold is not None and self._scope == "session":
             await self._exit(error)
             return
