@@ -10,6 +10,7 @@ import selectors
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 from dblock.session import duplicate, has_input
 
@@ -49,6 +50,8 @@ class Watch:
 
     def end(self) -> None:
         """Tell it to end, without waiting for that."""
+        with suppress(OSError):  # it was told already
+            self._stop.shutdown(socket.SHUT_RDWR)  # closing would leave the copy of a process that was forked meanwhile
         self._stop.close()
 
     async def stop(self) -> None:

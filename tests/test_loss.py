@@ -365,6 +365,34 @@ def test_a_forked_child_has_no_part_in_it(backend: Backend, engine: str) -> None
     assert parent == [True]
 
 
+FORKED_AND_ALIVE = """
+import os, dblock
+lock = dblock.lock(os.environ["DBLOCK_TEST_URL"], target="web-01", step="b", heartbeat=0)
+lock.acquire()
+waiting, parents = os.pipe()
+child = os.fork()
+if child == 0:
+    os.close(parents)
+    os.read(waiting, 1)  # until the parent has released, or ended
+    os._exit(0)
+lock.release()
+ended, _ = os.waitpid(child, os.WNOHANG)
+print("the child lives" if ended == 0 else "the child has ended", flush=True)
+os.close(parents)
+os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_release_does_not_wait_for_a_forked_child(backend: Backend, engine: str) -> None:
+    """Which has copies of all sockets: closing one of them ends nobody's waiting on its other side."""
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKED_AND_ALIVE], env=os.environ | {"DBLOCK_TEST_URL": backend.url},
+        capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False,
+    )  # fmt: skip
+    assert (result.stdout, result.returncode) == ("the child lives\n", 0), result.stderr
+
+
 SPAWNED = """
 import multiprocessing, os, sys, dblock
 def child(queue):
