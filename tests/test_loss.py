@@ -329,6 +329,16 @@ def test_released_by_another_thread_and_twice(backend: Backend, engine: str) -> 
     wait_until(lambda: not backend.all_rows(), "the lock to be gone")
 
 
+def said_by(code: str, backend: Backend) -> list[str]:
+    """The lines that a program prints which ends well."""
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], env=os.environ | {"DBLOCK_TEST_URL": backend.url},
+        capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
 FORKED = """
 import os, sys, json, dblock
 lock = dblock.lock(os.environ["DBLOCK_TEST_URL"], target="web-01", step="b")
@@ -355,12 +365,7 @@ lock.release()
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_forked_child_has_no_part_in_it(backend: Backend, engine: str) -> None:
     """It neither holds the lock nor ends it by its own end."""
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FORKED], env=os.environ | {"DBLOCK_TEST_URL": backend.url},
-        capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    child, parent = map(json.loads, result.stdout.splitlines())
+    child, parent = map(json.loads, said_by(FORKED, backend))
     assert child == [False, "not held", "not held"]
     assert parent == [True]
 
@@ -386,11 +391,7 @@ os.waitpid(child, 0)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_release_does_not_wait_for_a_forked_child(backend: Backend, engine: str) -> None:
     """Which has copies of all sockets: closing one of them ends nobody's waiting on its other side."""
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FORKED_AND_ALIVE], env=os.environ | {"DBLOCK_TEST_URL": backend.url},
-        capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False,
-    )  # fmt: skip
-    assert (result.stdout, result.returncode) == ("the child lives\n", 0), result.stderr
+    assert said_by(FORKED_AND_ALIVE, backend) == ["the child lives"]
 
 
 SPAWNED = """

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -24,6 +25,7 @@ from dblock.driver_pymssql import _arguments, _is_open
 from tests.backends import Backend, Postgres
 from tests.support import wait_until
 
+PACKAGE = f"{Path(dblock.__file__).parent}{os.sep}"
 WISH: dict[str, Any] = {"target": "web-01", "step": "b"}
 
 
@@ -39,7 +41,7 @@ def signalled(action: Callable[[], object], point: int) -> tuple[bool, bool]:
     points = 0
 
     def is_dblocks(frame: FrameType | None) -> bool:
-        return frame is not None and f"{os.sep}dblock{os.sep}" in frame.f_code.co_filename
+        return frame is not None and frame.f_code.co_filename.startswith(PACKAGE)
 
     def goes_on(frame: FrameType) -> bool:
         # A signal's exception finds the generator's handlers there; a profiler's does not, before Python 3.11.
